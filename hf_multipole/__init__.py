@@ -1,0 +1,1 @@
+from .modeling.multipole_attention import multipole_attention

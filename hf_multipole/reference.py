@@ -1,0 +1,159 @@
+"""Fast multipole attention written from its definition: dense, in float64, with loops. The oracle of every test.
+
+Nothing here is shared with the fast implementation but the parameters of the summary modules.
+"""
+
+import math
+
+import torch
+
+
+def segment_means(rank: int, width: int) -> torch.Tensor:
+    """``(rank, width, 1)`` weights of the mean of each of ``rank`` equal segments."""
+    weight = torch.zeros(rank, width, 1, dtype=torch.float64)
+    for r in range(rank):
+        weight[r, r * width // rank : (r + 1) * width // rank] = rank / width
+    return weight
+
+
+def effective_weights(summary, head: int, level: int, block_size: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a summary module does to the tokens of one full group: its linear map, and the map's shares of absolute weight.
+
+    Both ``(rank, width of the level, dim or 1)``; None stands for means.
+    """
+
+    def shares(weight):
+        size = weight.abs()
+        return size / size.sum(1, keepdim=True)
+
+    if hasattr(summary, "merge"):  # hierarchical
+        linear = summary.tokens[head].double()
+        share = shares(linear)
+        merge = summary.merge[head].double()  # (rank, 2 * rank, dim)
+        merge_share = shares(merge)
+        for _ in range(level - 1):
+            halves = merge[:, :rank], merge[:, rank:]
+            linear = torch.cat([torch.einsum("rsc,stc->rtc", half, linear) for half in halves], 1)
+            halves = merge_share[:, :rank], merge_share[:, rank:]
+            share = torch.cat([torch.einsum("rsc,stc->rtc", half, share) for half in halves], 1)
+        return linear, share
+    if hasattr(summary, "levels"):  # direct
+        linear = summary.levels[level - 1][head].double()
+        return linear, shares(linear)
+    mean = segment_means(rank, block_size * 2 ** (level - 1))
+    return mean, mean
+
+
+def summarise(x: torch.Tensor, linear: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summaries ``(rank, dim)`` of the first ``len(x)`` tokens of a group, and the mass ``(rank, dim or 1)`` of each."""
+    mass = share[:, : len(x)].sum(1)
+    total = (linear[:, : len(x)] * x).sum(1)
+    return torch.where(mass > 0, total / mass.clamp(min=1e-300), 0), mass
+
+
+def documents(mask: torch.Tensor, segments: torch.Tensor | None) -> list[torch.Tensor]:
+    """Token indices of each document of one row: its real tokens, or those of each segment."""
+    if segments is None:
+        return [mask.nonzero()[:, 0]] if mask.any() else []
+    return [((segments == s) & mask).nonzero()[:, 0] for s in segments[mask].unique()]
+
+
+def multipole_attention_reference(
+    q,
+    k,
+    v,
+    *,
+    block_size=64,
+    rank=4,
+    key_summary=None,
+    value_summary=None,
+    far_keys=None,
+    causal=True,
+    attention_mask=None,
+    segment_ids=None,
+    size_weighting=True,
+    far_bias=None,
+    softcap=None,
+    scale=None,
+    dropout_near=None,
+    dropout_far=None,
+    rotate_summary=None,
+    return_weights=False,
+):
+    """Arguments as :func:`hf_multipole.multipole_attention`, computed in float64.
+
+    dropout_near: ``(batch, heads, n, n)`` factors of the near weights, by query and key token (0 or 1 / (1 - p));
+    dropout_far: ``(batch, heads, n, summaries)``, by query token and summary of the row's document, levels side by side.
+    rotate_summary: ``(summary (rank, dim), first token's offset in the document, width) -> (rank, dim)``, applied to keys.
+    return_weights: also returns the weights ``(batch, heads, n, n + summaries)``, for rows of one document.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    far_keys = k if far_keys is None else far_keys.double()
+    batch, heads, n_q, dim = q.shape
+    kv_heads, n = k.shape[1:3]
+    scale = dim**-0.5 if scale is None else scale
+    mask = torch.ones(batch, n, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    cap = (lambda x: x) if softcap is None else (lambda x: softcap * torch.tanh(x / softcap))
+
+    rows = []
+    all_weights = {}
+    for b in range(batch):
+        for h in range(heads):
+            kv = h * kv_heads // heads
+            out = [torch.zeros(v.shape[-1], dtype=torch.float64) for _ in range(n)]
+            for tokens in documents(mask[b], None if segment_ids is None else segment_ids[b]):
+                size = len(tokens)
+                keys, values, far = k[b, kv][tokens], v[b, kv][tokens], far_keys[b, kv][tokens]
+
+                summaries = []  # (first token, width, level, rank keys, rank values, rank counts)
+                level, width = 1, block_size
+                while size > 2 * width:
+                    key_maps = effective_weights(key_summary, kv, level, block_size, rank)
+                    value_maps = effective_weights(value_summary, kv, level, block_size, rank)
+                    for first in range(0, size, width):
+                        key, mass = summarise(far[first : first + width], *key_maps)
+                        value, _ = summarise(values[first : first + width], *value_maps)
+                        if rotate_summary is not None:
+                            key = rotate_summary(key, first, min(width, size - first))
+                        summaries.append((first // width, width, level, key, value, mass.mean(-1) * width / rank))
+                    level, width = level + 1, 2 * width
+
+                for t in range(size):
+                    if tokens[t] < n - n_q:
+                        continue
+                    query = q[b, h, tokens[t] - (n - n_q)]
+                    block = t // block_size
+                    low = max(0, (block - 1) * block_size)
+                    high = t + 1 if causal else min(size, (block + 2) * block_size)
+                    logits = [cap(scale * keys[low:high] @ query)]
+                    visible_values = [values[low:high]]
+                    columns = [tokens[low:high]]
+                    for position, (group, width, level, key, value, count) in enumerate(summaries):
+                        own = t // width
+                        if abs(group - own) < 2 or abs(group // 2 - own // 2) > 1 or (causal and group > own):
+                            continue
+                        logit = cap(scale * key @ query)
+                        if size_weighting:
+                            logit = logit + torch.where(count > 0, count, 1).log()
+                        if far_bias is not None:
+                            logit = logit + far_bias[h, min(level, far_bias.shape[1]) - 1].double()
+                        kept = count > 0
+                        logits.append(logit[kept])
+                        visible_values.append(value[kept])
+                        columns.append(n + position * rank + torch.arange(rank)[kept])
+                    weights = torch.softmax(torch.cat(logits), 0)
+                    columns = torch.cat(columns)
+                    all_weights[b, h, int(tokens[t])] = columns, weights
+                    if dropout_near is not None:
+                        factors = torch.cat([dropout_near[b, h, tokens[t]], dropout_far[b, h, tokens[t]]])
+                        weights = weights * factors[columns].double()
+                    out[tokens[t]] = weights @ torch.cat(visible_values)
+            rows.append(torch.stack(out[n - n_q :]))
+    output = torch.stack(rows).view(batch, heads, n_q, -1)
+    if not return_weights:
+        return output
+    levels = [block_size * 2**l for l in range(int(math.log2(n)) + 1) if n > 2 * block_size * 2**l]
+    dense = torch.zeros(batch, heads, n, n + rank * sum(-(-n // width) for width in levels), dtype=torch.float64)
+    for (b, h, t), (columns, weights) in all_weights.items():
+        dense[b, h, t, columns] = weights
+    return output, dense[:, :, n - n_q :]
