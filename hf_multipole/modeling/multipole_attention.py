@@ -5,6 +5,9 @@ the summaries that the hierarchy lists for it, copied side by side; one softmax 
 at a time, so that logits stay in the cache and memory is linear in n; the backward pass computes them again.
 """
 
+import math
+import threading
+
 import torch
 from torch import nn
 
@@ -19,6 +22,21 @@ _LOGITS_ON_DEVICE = 2**26
 def _blocks_at_once(rows: int, columns: int, device: torch.device) -> int:
     logits = _LOGITS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _LOGITS_ON_DEVICE
     return max(1, logits // max(1, rows * columns))
+
+
+_arena = threading.local()
+
+
+def _buffers(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Uninitialised work space. On the CPU it is kept from call to call: fresh pages cost more than the copies into them."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if device.type != "cpu":
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    kept = getattr(_arena, str(dtype), None)
+    if kept is None or kept.numel() < sum(sizes):
+        kept = torch.empty(sum(sizes), dtype=dtype)
+        setattr(_arena, str(dtype), kept)
+    return [part.view(shape) for part, shape in zip(kept[: sum(sizes)].split(sizes), shapes)]
 
 
 def dropout_factors(shape: tuple[int, ...], p: float, generator: torch.Generator, first: int) -> torch.Tensor:
@@ -52,23 +70,30 @@ class _Work:
         # A masked product of 0 and infinity is NaN: where keys or values are not finite, masking takes a careful form.
         self.finite = bool(torch.isfinite(k.sum(dtype=self.dtype) + v.sum(dtype=self.dtype)))
 
-    def buffer(self, *shape) -> torch.Tensor:
-        return self.q.new_empty(shape, dtype=self.dtype)
+    def buffers(self, *sizes) -> list[torch.Tensor]:
+        return _buffers(self.q.device, self.dtype, *((self.step, *size) for size in sizes))
 
     def parts(self):
         for start in range(0, self.blocks, self.step):
             yield start, min(self.blocks, start + self.step)
 
+    def neighbours(self, start, stop):
+        """For each near offset: the slice of columns, the blocks of the part that have a neighbour, and those neighbours."""
+        for i, offset in enumerate(self.offsets):
+            low = min(max(start + offset, 0), self.blocks)
+            high = max(low, min(stop + offset, self.blocks))
+            own = slice(low - offset - start, high - offset - start)
+            yield slice(i * self.block_size, (i + 1) * self.block_size), own, slice(low, high)
+
     def gather(self, near, far, start, stop, out) -> torch.Tensor:
         """Near tokens and far summaries of each block, side by side: ``(blocks, columns, dim)``."""
         out = out[: stop - start]
-        for i, offset in enumerate(self.offsets):
-            part = out[:, i * self.block_size : (i + 1) * self.block_size]
-            low, high = max(start + offset, 0), min(stop + offset, self.blocks)
-            low = min(low, high)
-            part[low - offset - start : high - offset - start].copy_(near[low:high])
-            part[: low - offset - start].zero_()
-            part[high - offset - start :].zero_()
+        for columns, own, others in self.neighbours(start, stop):
+            out[own, columns].copy_(near[others])
+            if own.start > 0:
+                out[: own.start, columns].zero_()
+            if own.stop < stop - start:
+                out[own.stop :, columns].zero_()
         if self.columns > self.near:
             rows = far.index_select(0, self.far_index[start:stop].reshape(-1))
             out[:, self.near :].copy_(rows.view(stop - start, -1, far.shape[-1]))
@@ -76,23 +101,18 @@ class _Work:
 
     def scatter(self, grad, start, stop, near, far) -> None:
         """The transpose of ``gather``, added to ``near`` and ``far``."""
-        for i, offset in enumerate(self.offsets):
-            low, high = max(start + offset, 0), min(stop + offset, self.blocks)
-            low = min(low, high)
-            part = grad[low - offset - start : high - offset - start, i * self.block_size : (i + 1) * self.block_size]
-            near[low:high].add_(part)
+        for columns, own, others in self.neighbours(start, stop):
+            near[others].add_(grad[own, columns])
         if self.columns > self.near:
             far.index_add_(0, self.far_index[start:stop].reshape(-1), grad[:, self.near :].reshape(-1, far.shape[-1]))
 
     def hidden(self, start, stop) -> torch.Tensor:
         """The documents' part of the near mask: ``(blocks, block_size, near)`` bool."""
         document = self.document[start:stop]
-        columns = document.new_full((stop - start, self.near), -2)
-        for i, offset in enumerate(self.offsets):
-            low, high = max(start + offset, 0), min(stop + offset, self.blocks)
-            low = min(low, high)
-            columns[low - offset - start : high - offset - start, i * self.block_size : (i + 1) * self.block_size] = self.document[low:high]
-        return document[:, :, None] != columns[:, None]
+        seen = document.new_full((stop - start, self.near), -2)
+        for columns, own, others in self.neighbours(start, stop):
+            seen[own, columns] = self.document[others]
+        return document[:, :, None] != seen[:, None]
 
     def mask(self, logits, start, stop) -> None:
         """Hides columns of ``logits`` ``(blocks, repeats, block_size, columns)`` and adds the far bias, in place."""
@@ -103,9 +123,10 @@ class _Work:
             near.masked_fill_(self.future, -torch.inf) if not self.finite else near.add_(self.future_bias)
         # The first and last block of a row have no left and no right neighbour.
         for edge, offset in ((0, -1), (self.row_blocks - 1, 1)):
-            if offset in self.offsets:
-                i = self.offsets.index(offset)
-                near[(edge - start) % self.row_blocks :: self.row_blocks, ..., i * self.block_size : (i + 1) * self.block_size] = -torch.inf
+            of_part = (edge - start) % self.row_blocks
+            if offset in self.offsets and of_part < stop - start:
+                columns = near.unflatten(-1, (-1, self.block_size))[..., self.offsets.index(offset), :]
+                columns[of_part :: self.row_blocks].fill_(-torch.inf)
         if self.columns > self.near:
             bias = self.far_bias[start:stop, :, None]
             far.add_(bias)
@@ -167,9 +188,9 @@ def block_attention(
     """
     work = _Work(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
     out = q.new_empty(work.blocks, work.rows, v.shape[-1])
-    keys = work.buffer(work.step, work.columns, work.dim)
-    values = work.buffer(work.step, work.columns, v.shape[-1])
-    logits = work.buffer(work.step, work.rows, work.columns)
+    keys, values, logits, result = work.buffers(
+        (work.columns, work.dim), (work.columns, v.shape[-1]), (work.rows, work.columns), out.shape[1:]
+    )
     with torch.autocast(q.device.type, enabled=False):
         for start, stop in work.parts():
             gathered = work.gather(k, far_k, start, stop, keys)
@@ -178,10 +199,7 @@ def block_attention(
             if factors is not None:
                 weights = weights.mul_(factors)
             gathered = work.gather(v, far_v, start, stop, values)
-            if out.dtype == work.dtype:
-                work.product(weights, gathered, start, stop, out[start:stop])
-            else:
-                out[start:stop] = work.product(weights, gathered, start, stop, work.buffer(stop - start, *out.shape[1:]))
+            out[start:stop] = work.product(weights, gathered, start, stop, result[: stop - start])
     return out
 
 
@@ -208,18 +226,17 @@ def block_attention_backward(
     grad_q = torch.empty_like(q)
     grad_k, grad_v, grad_far_k, grad_far_v = (torch.zeros_like(x, dtype=work.dtype) for x in (k, v, far_k, far_v))
     grad_bias = torch.zeros_like(far_bias)
-    keys = work.buffer(work.step, work.columns, work.dim)
-    values = work.buffer(work.step, work.columns, v.shape[-1])
-    logits = work.buffer(work.step, work.rows, work.columns)
-    inner = torch.empty_like(logits)
-    capped = None if softcap is None else torch.empty_like(logits)
+    weighting = (work.rows, work.columns)
+    keys, values, logits, inner, capped, result = work.buffers(
+        (work.columns, work.dim), (work.columns, v.shape[-1]), weighting, weighting, weighting if softcap else (0,), q.shape[1:]
+    )
     with torch.autocast(q.device.type, enabled=False):
         for start, stop in work.parts():
             size = stop - start
             queries, upper = q[start:stop].to(work.dtype), grad[start:stop].to(work.dtype)
             gathered_k = work.gather(k, far_k, start, stop, keys)
             gathered_v = work.gather(v, far_v, start, stop, values)
-            weights = work.weights(queries, gathered_k, start, stop, logits, capped)
+            weights = work.weights(queries, gathered_k, start, stop, logits, capped if softcap else None)
             slope = torch.bmm(upper, gathered_v.transpose(1, 2), out=inner[:size])
             factors = work.dropout(start, stop)
             if factors is not None:
@@ -229,13 +246,14 @@ def block_attention_backward(
                 torch.bmm(weights.transpose(1, 2), upper, out=gathered_v)
             work.scatter(gathered_v, start, stop, grad_v, grad_far_v)
             # The softmax's gradient: weights * (slope - sum(weights * slope)).
-            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, work.dtype)
+            torch.ops.aten._softmax_backward_data.out(slope, weights, -1, work.dtype, grad_input=slope)
             if work.columns > work.near:
                 by_head = slope[..., work.near :].unflatten(1, (-1, work.block_size)).sum(2)
                 grad_bias[start:stop] = by_head if far_bias.shape[1] > 1 else by_head.sum(1, keepdim=True)
             if softcap is not None:
                 slope.mul_(1 - capped[:size].square())
-            grad_q[start:stop] = torch.bmm(slope, gathered_k).mul_(scale)
+            out = result[:size]
+            grad_q[start:stop] = torch.baddbmm(out, slope, gathered_k, beta=0, alpha=scale, out=out)
             torch.baddbmm(gathered_k, slope.transpose(1, 2), queries, beta=0, alpha=scale, out=gathered_k)
             work.scatter(gathered_k, start, stop, grad_k, grad_far_k)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_far_k.to(far_k.dtype), grad_far_v.to(far_v.dtype), grad_bias
@@ -244,8 +262,8 @@ def block_attention_backward(
 def block_weights(*arguments) -> torch.Tensor:
     """Attention weights ``(blocks, rows, columns)`` of ``block_attention``'s arguments, without dropout."""
     work = _Work(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
-    out = work.buffer(work.blocks, work.rows, work.columns)
-    keys = work.buffer(work.step, work.columns, work.dim)
+    out = work.q.new_empty(work.blocks, work.rows, work.columns, dtype=work.dtype)
+    (keys,) = work.buffers((work.columns, work.dim))
     for start, stop in work.parts():
         gathered = work.gather(work.k, work.far_k, start, stop, keys)
         work.weights(work.q[start:stop].to(work.dtype), gathered, start, stop, out[start:stop])
@@ -320,6 +338,18 @@ def _far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_he
     return row, bias
 
 
+class _Fork(torch.autograd.Function):
+    """Two uses of one tensor whose gradients are added in place: a third tensor of the size of the keys is saved."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, first, second):
+        return second if first is None else first if second is None else first.add_(second)
+
+
 def aligned_attention(
     q,
     k,
@@ -359,8 +389,6 @@ def aligned_attention(
     before = n - queries - first * block_size
     if before:
         q = nn.functional.pad(q, (0, 0, before, 0))
-    tokens = k if far_keys is None else far_keys
-    tokens = _to_grid(tokens, alignment, block_size)
     q, k, v = (_to_grid(x, alignment, block_size) for x in (q, k, v))
     slots = k.shape[2]
     blocks = slots // block_size - first
@@ -378,9 +406,14 @@ def aligned_attention(
             validity = alignment.document >= 0
         elif not causal and n % (block_size << (levels - 1)):
             validity = (torch.arange(slots, device=q.device) < n)[None]
+        if far_keys is None:
+            k, far_keys = _Fork.apply(k)
+        else:
+            far_keys = _to_grid(far_keys, alignment, block_size)
+        v, far_values = _Fork.apply(v)
         far_k, far_v = (
             torch.cat([level.flatten(2, 3) for level in (summary or means)(x, validity, levels)], 2)
-            for summary, x in ((key_summary, tokens), (value_summary, v))
+            for summary, x in ((key_summary, far_keys), (value_summary, far_values))
         )
         if validity is not None:
             counts = getattr(key_summary, "counts", means.counts)(validity, levels, dim, dtype)
@@ -394,8 +427,9 @@ def aligned_attention(
     elif not causal and slots != n:
         document = -(torch.arange(slots, device=q.device) >= n).long().view(1, 1, -1, block_size)[:, :, first:]
     start = torch.arange(batch * kv_heads, device=q.device).view(batch, kv_heads, 1, 1) * far_k.shape[2]
-    # The query heads of one key head are stacked in a block, so that keys are not repeated.
-    q = q.reshape(batch, kv_heads, repeats, blocks, block_size, dim).transpose(2, 3)
+    if repeats > 1:
+        # The query heads of one key head are stacked in a block, so that keys are not repeated.
+        q = q.reshape(batch, kv_heads, repeats, blocks, block_size, dim).transpose(2, 3)
     arguments = (
         q.reshape(-1, repeats * block_size, dim),
         k[:, :, first * block_size :].reshape(-1, block_size, dim),

@@ -49,16 +49,19 @@ def depthwise_map_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Te
     batch, heads, groups, width, dim = x.shape
     rank = weight.shape[1]
     cast = weight.to(grad.dtype)
-    grad_x = torch.mul(grad[:, :, :, 0, None], cast[:, None, 0])
-    for r in range(1, rank):
-        grad_x.addcmul_(grad[:, :, :, r, None], cast[:, None, r])
-    # A few groups at a time: as many as keep the accumulator near 4 MiB.
-    together = min(groups, max(1, 2**20 // max(1, weight.numel())))
-    total = grad.new_zeros(heads, together, rank, width, dim)
+    grad_x = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
+    # A few groups at a time, so that tokens and sums stay in the cache.
+    together = max(1, min(groups, 2**18 // (width * dim)))
+    total = grad.new_zeros(heads, min(groups, max(1, 2**20 // weight.numel())), rank, width, dim)
     for b in range(batch):
         for start in range(0, groups, together):
-            part = slice(start, min(groups, start + together))
-            total[:, : part.stop - start].addcmul_(x[b, :, part, None], grad[b, :, part, :, None])
+            part = slice(start, start + together)
+            torch.mul(grad[b, :, part, 0, None], cast[:, None, 0], out=grad_x[b, :, part])
+            for r in range(1, rank):
+                grad_x[b, :, part].addcmul_(grad[b, :, part, r, None], cast[:, None, r])
+        for start in range(0, groups, total.shape[1]):
+            upper = grad[b, :, start : start + total.shape[1], :, None]
+            total[:, : upper.shape[1]].addcmul_(x[b, :, start : start + total.shape[1], None], upper)
     return grad_x.to(x.dtype), total.sum(1).to(weight.dtype)
 
 
@@ -185,7 +188,8 @@ class HierarchicalSummary(_LearnedSummary):
             if level == 0:
                 out.append(depthwise_map(_groups(x, self.block_size), tokens))
             else:
-                out.append(depthwise_map(_groups(out[-1].flatten(2, 3), 2 * self.rank), merge))
+                children = _groups(out[-1].flatten(2, 3), 2 * self.rank)
+                out.append((children[:, :, :, None] * merge[:, None]).sum(4))
         return out
 
 
