@@ -1,1 +1,46 @@
+"""Fast multipole attention for Transformers.
+
+Importing this package registers the multipole models with the Auto classes and "multipole" as an attention implementation.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .modeling.configuration_multipole import MultipoleConfig
+from .modeling.modeling_multipole import (
+    MultipoleForCausalLM,
+    MultipoleForMaskedLM,
+    MultipoleForSequenceClassification,
+    MultipoleForTokenClassification,
+    MultipoleModel,
+)
 from .modeling.multipole_attention import multipole_attention
+
+__version__ = "0.1.0"
+
+AutoConfig.register("multipole", MultipoleConfig, exist_ok=True)
+for auto_class, model_class in (
+    (AutoModel, MultipoleModel),
+    (AutoModelForCausalLM, MultipoleForCausalLM),
+    (AutoModelForMaskedLM, MultipoleForMaskedLM),
+    (AutoModelForSequenceClassification, MultipoleForSequenceClassification),
+    (AutoModelForTokenClassification, MultipoleForTokenClassification),
+):
+    auto_class.register(MultipoleConfig, model_class, exist_ok=True)
+del auto_class, model_class
+
+__all__ = [
+    "MultipoleConfig",
+    "MultipoleForCausalLM",
+    "MultipoleForMaskedLM",
+    "MultipoleForSequenceClassification",
+    "MultipoleForTokenClassification",
+    "MultipoleModel",
+    "multipole_attention",
+]

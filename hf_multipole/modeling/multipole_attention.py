@@ -569,7 +569,9 @@ def check_sizes(block_size: int, rank: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, but must be a positive integer")
     if block_size % rank:
-        raise ValueError(f"rank {rank} does not divide block_size {block_size}: each summary starts as the mean of block_size / rank tokens")
+        raise ValueError(
+            f"rank {rank} does not divide block_size {block_size}: each summary starts as the mean of block_size / rank tokens"
+        )
 
 
 def _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, dropout_p) -> None:
@@ -588,9 +590,15 @@ def _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, s
             raise ValueError(f"{name} is empty: shape {tuple(x.shape)}")
     batch, heads, queries, dim = q.shape
     kv_heads, n = k.shape[1:3]
-    for name, x, shape in (("k", k, (batch, kv_heads, n, dim)), ("v", v, (batch, kv_heads, n, v.shape[-1])), ("far_keys", far_keys, k.shape)):
+    for name, x, shape in (
+        ("k", k, (batch, kv_heads, n, dim)),
+        ("v", v, (batch, kv_heads, n, v.shape[-1])),
+        ("far_keys", far_keys, k.shape),
+    ):
         if x is not None and x.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, but with q {tuple(q.shape)} and k {tuple(k.shape)} it must be {tuple(shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but with q {tuple(q.shape)} and k {tuple(k.shape)} it must be {tuple(shape)}"
+            )
     if heads % kv_heads:
         raise ValueError(f"q has {heads} heads, which the {kv_heads} heads of k and v do not divide")
     if queries > n:

@@ -142,8 +142,7 @@ class MeanSummary(nn.Module):
         summaries = self._maps(tokens.masked_fill(~validity[:, None, :, None], 0), levels, False)
         masses = self.masses(validity, levels, tokens.shape[-1], compute_dtype(tokens.dtype))
         return [
-            torch.where(mass > 0, summary / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0)
-            for summary, mass in zip(summaries, masses)
+            torch.where(mass > 0, summary / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0) for summary, mass in zip(summaries, masses)
         ]
 
 
@@ -159,7 +158,7 @@ class _LearnedSummary(MeanSummary):
         return self.heads, self.dim
 
     @staticmethod
-    def _start(weight: torch.Tensor) -> torch.Tensor:
+    def start(weight: torch.Tensor) -> torch.Tensor:
         """The mean, as weights shaped like ``weight`` ``(heads, rank, width, dim)``."""
         _, rank, width, _ = weight.shape
         return _mean_weight(rank, width, dtype=weight.dtype, device=weight.device)[None, :, :, None].expand_as(weight)
@@ -178,8 +177,8 @@ class HierarchicalSummary(_LearnedSummary):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.tokens.copy_(self._start(self.tokens))
-        self.merge.copy_(self._start(self.merge))
+        self.tokens.copy_(self.start(self.tokens))
+        self.merge.copy_(self.start(self.merge))
 
     def _maps(self, x, levels, absolute):
         tokens, merge = (_share(self.tokens), _share(self.merge)) if absolute else (self.tokens, self.merge)
@@ -212,7 +211,7 @@ class DirectSummary(_LearnedSummary):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for weight in self.levels:
-            weight.copy_(self._start(weight))
+            weight.copy_(self.start(weight))
 
     def _maps(self, x, levels, absolute):
         if levels > len(self.levels):

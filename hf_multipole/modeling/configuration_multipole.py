@@ -1,0 +1,118 @@
+"""Configuration of the multipole models."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .multipole_attention import check_sizes
+
+LAYER_TYPES = ("multipole_attention", "full_attention")
+SUMMARIES = ("hierarchical", "direct", "mean")
+
+
+@strict
+class MultipoleConfig(PreTrainedConfig):
+    r"""Configuration of a pre-norm transformer (RMSNorm, rotary positions, gated MLP, grouped-query attention) whose layers use
+    fast multipole attention (arXiv 2310.11960) or exact attention.
+
+    Args:
+        is_causal: True for a decoder; False for an encoder, in which every token sees both sides.
+        layer_types: kind of attention of each layer, "multipole_attention" or "full_attention"; all multipole by default.
+        block_size: tokens in a block of the exact near field, and in a group of the first level.
+        rank: summaries of each far group; divides block_size.
+        summary: how groups are summarised: "hierarchical" (learned, any length), "direct" (learned for each level, as in the
+            paper; at most max_position_embeddings tokens) or "mean" (nothing learned).
+        size_weighting: adds log(c) to the logit of a summary that stands for c tokens.
+        far_bias_init: start of the learned bias of the far logits, one for each head and level; None for no bias. Well below 0,
+            the far field does not drown the near one before its summaries mean something.
+        rotate_summaries: keys are summarised before the rotary embedding, and each summary is rotated at its segment's centre.
+            Otherwise the rotated keys are summarised.
+
+    The other arguments are those of Llama and Qwen3.
+
+    Example:
+
+    ```python
+    >>> from hf_multipole import MultipoleConfig, MultipoleForCausalLM
+    >>> model = MultipoleForCausalLM(MultipoleConfig(vocab_size=256, hidden_size=128, num_hidden_layers=4, num_attention_heads=4))
+    ```
+    """
+
+    model_type = "multipole"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 16384
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+    is_causal: bool = True
+    layer_types: list[str] | None = None
+    block_size: int = 64
+    rank: int = 4
+    summary: str = "hierarchical"
+    size_weighting: bool = True
+    far_bias_init: float | int | None = -6.0
+    rotate_summaries: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            # The gated MLP has three matrices: 8 / 3 keeps the parameters of the usual factor 4, in multiples of 32.
+            self.intermediate_size = -(-8 * self.hidden_size // 3 // 32) * 32
+        if self.layer_types is None:
+            self.layer_types = ["multipole_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool):
+        # Transformers would turn to eager, that is exact, attention here; multipole attention gives its own weights.
+        self._output_attentions = value
+
+    def validate_output_attentions(self):
+        """Every attention implementation of these models gives its weights."""
+
+    def validate_layer_type(self):
+        """Part of the strict validation: the kinds of layers."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types has {unknown[0]!r}, but the kinds are {', '.join(map(repr, LAYER_TYPES))}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers is {self.num_hidden_layers}")
+
+    def validate_multipole(self):
+        """Part of the strict validation: sizes that must fit each other."""
+        check_sizes(self.block_size, self.rank)
+        if self.summary not in SUMMARIES:
+            raise ValueError(f"summary is {self.summary!r}, but must be one of {', '.join(map(repr, SUMMARIES))}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even one")
+
+
+__all__ = ["MultipoleConfig"]
