@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Trains a small multipole language model on the source text of Python's standard library, saves it, reloads it and lets it
+# write. With --compare, models of the same size with the near field only and with full attention are trained as well, and the
+# three curves drawn. The virtual environment is .venv, or $VENV; results are under runs/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+compare=false
+case "${1:-}" in
+    "") ;;
+    --compare) compare=true ;;
+    *) echo "usage: bash scripts/quickstart.sh [--compare]" >&2; exit 2 ;;
+esac
+
+. scripts/environment.sh
+
+out=runs/quickstart
+python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out"
+if $compare; then
+    python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out-near-only" --config_overrides '{far_bias_init: -10000}'
+    python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out-full" --config_overrides \
+        '{layer_types: [full_attention, full_attention, full_attention, full_attention]}'
+    python scripts/compare_curves.py --output "$out/comparison.png" "multipole=$out" "near field only=$out-near-only" "full attention=$out-full"
+fi
+python scripts/generate.py --model "$out" --prompt $'def read(self, path):\n    """' --max-new-tokens 200
