@@ -1,0 +1,194 @@
+"""Group summaries against their definition in reference.py, and what ragged, padded and long rows ask of them."""
+
+import pytest
+import torch
+
+from hf_multipole.modeling.hierarchy import level_count
+from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary, depthwise_map, depthwise_map_backward
+from hf_multipole.reference import effective_weights, segment_means, summarise
+
+BLOCK_SIZE, RANK, HEADS, DIM, LENGTH = 4, 2, 2, 3, 64
+KINDS = ["mean", "direct", "hierarchical"]
+
+
+def build(kind: str, random: bool = True, dtype=torch.float64) -> MeanSummary:
+    torch.manual_seed(0)
+    summary = {
+        "mean": lambda: MeanSummary(BLOCK_SIZE, RANK),
+        "direct": lambda: DirectSummary(BLOCK_SIZE, RANK, HEADS, DIM, LENGTH),
+        "hierarchical": lambda: HierarchicalSummary(BLOCK_SIZE, RANK, HEADS, DIM),
+    }[kind]().to(dtype)
+    if random:
+        for weight in summary.parameters():
+            weight.data.normal_()
+    return summary
+
+
+def tokens(n: int = LENGTH, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, HEADS, n, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("n", [LENGTH, 36])
+@pytest.mark.parametrize("kind", KINDS)
+def test_summaries_masses_and_counts_are_as_defined(kind, n):
+    """Full and ragged groups of rows of several lengths, group by group."""
+    summary, x = build(kind), tokens(n)
+    lengths = [n, n - 11]
+    validity = torch.arange(n) < torch.tensor(lengths)[:, None]
+    levels = level_count(n, BLOCK_SIZE)
+    assert levels > 1
+    ours, masses = summary(x, validity, levels), summary.masses(validity, levels, DIM, torch.float64)
+    counts = summary.counts(validity, levels, DIM, torch.float64)
+    for level in range(1, levels + 1):
+        width = BLOCK_SIZE << level - 1
+        assert ours[level - 1].shape == (2, HEADS, -(-n // width), RANK, DIM)
+        for b, length in enumerate(lengths):
+            for h in range(HEADS):
+                maps = effective_weights(summary, h, level, BLOCK_SIZE, RANK)
+                for group, first in enumerate(range(0, n, width)):
+                    expected, mass = summarise(x[b, h, first : min(first + width, length)], *maps)
+                    own = min(h, masses[level - 1].shape[1] - 1)
+                    torch.testing.assert_close(ours[level - 1][b, h, group], expected)
+                    torch.testing.assert_close(masses[level - 1][b, own, group].expand_as(mass), mass)
+                    torch.testing.assert_close(counts[level - 1][b, own, group], mass.mean(-1) * width / RANK)
+    if n % width == 0:
+        for without, full in zip(summary(x, None, levels), summary(x, torch.ones(1, n, dtype=torch.bool), levels)):
+            torch.testing.assert_close(without, full)
+
+
+def test_counts_of_means_are_numbers_of_tokens():
+    validity = torch.arange(24)[None] < 18
+    counts = MeanSummary(BLOCK_SIZE, RANK).counts(validity, 2, DIM, torch.float64)
+    assert counts[0].flatten().tolist() == [2, 2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0]
+    assert counts[1].flatten().tolist() == [4, 4, 4, 4, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["direct", "hierarchical"])
+def test_learned_summaries_start_exactly_at_the_mean(kind, dtype):
+    summary = build(kind, random=False, dtype=dtype)
+    levels = level_count(LENGTH, BLOCK_SIZE)
+    for level in range(1, levels + 1):
+        linear, share = effective_weights(summary, 1, level, BLOCK_SIZE, RANK)
+        mean = segment_means(RANK, BLOCK_SIZE << level - 1).expand_as(linear)
+        assert torch.equal(linear, mean) and torch.equal(share, mean)
+    # Integers are summed without rounding, and the widths are powers of two: equal to the last bit.
+    x = torch.randint(-9, 9, (2, HEADS, LENGTH, DIM)).to(dtype)
+    validity = torch.arange(LENGTH)[None] < LENGTH - 16
+    for valid in (None, validity):
+        for learned, mean in zip(summary(x, valid, levels), MeanSummary(BLOCK_SIZE, RANK)(x, valid, levels)):
+            assert torch.equal(learned, mean)
+    for learned, mean in zip(*(s.counts(validity, levels, DIM, dtype) for s in (summary, MeanSummary(BLOCK_SIZE, RANK)))):
+        assert torch.equal(learned, mean.expand_as(learned))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_row_is_the_truncated_row(kind):
+    """What lies after the end of a row changes neither its summaries nor their gradients, be it not-a-number."""
+    summary, n = build(kind), 27
+    levels = level_count(n, BLOCK_SIZE)
+    slots = -(-n // BLOCK_SIZE) * BLOCK_SIZE
+    x = tokens(slots)
+    results = []
+    for length, garbage in ((slots, torch.nan), (LENGTH, torch.inf)):
+        row = torch.full((2, HEADS, length, DIM), garbage, dtype=torch.float64)
+        row[:, :, :n] = x[:, :, :n]
+        row.requires_grad_()
+        summaries = summary(row, torch.arange(length)[None] < n, levels)
+        kept = [level[:, :, : -(-n // (BLOCK_SIZE << i))] for i, level in enumerate(summaries)]
+        assert all((level[:, :, k.shape[2] :] == 0).all() for level, k in zip(summaries, kept))
+        gradients = torch.autograd.grad(sum((k * k).sum() for k in kept), [row, *summary.parameters()], allow_unused=True)
+        assert (gradients[0][:, :, n:] == 0).all()
+        results.append([*kept, gradients[0][:, :, :n], *(g for g in gradients[1:] if g is not None)])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_group_without_weight_on_its_tokens_is_left_out():
+    """Learned weights may put all their mass on absent tokens, or be zero altogether: finite, in gradients too."""
+    summary = build("hierarchical")
+    with torch.no_grad():
+        summary.tokens[0, 0, 0] = 0  # nothing for the only token of the last group
+        summary.tokens[1] = 0
+    x = tokens(16).requires_grad_()
+    validity = torch.arange(16)[None] < 13
+    summaries = summary(x, validity, 1)[0]
+    masses = summary.masses(validity, 1, DIM, torch.float64)[0]
+    assert (masses[:, 0, 3, 0] == 0).all() and (summaries[:, 0, 3, 0] == 0).all()
+    assert (masses[:, 0, 3, 1] > 0).all()
+    assert (masses[:, 1, 3] == 0.25).all(), "without weights, shares are even"
+    for gradient in torch.autograd.grad(summaries.sum() + masses.sum(), [x, summary.tokens]):
+        assert gradient.isfinite().all()
+
+
+def test_direct_summaries_have_a_longest_row():
+    summary = build("direct")
+    levels = level_count(LENGTH, BLOCK_SIZE)
+    assert len(summary.levels) == levels == len(summary(tokens(), None, levels))
+    with pytest.raises(ValueError, match="at most 64 tokens.*hierarchical"):
+        summary(tokens(2 * LENGTH), None, levels + 1)
+
+
+def test_hierarchical_summaries_have_none():
+    """Trained at one length, run at eight times it: as defined at every level, with the same parameters."""
+    summary = build("hierarchical")
+    assert {name: tuple(p.shape) for name, p in summary.named_parameters()} == {
+        "tokens": (HEADS, RANK, BLOCK_SIZE, DIM),
+        "merge": (HEADS, RANK, 2 * RANK, DIM),
+    }
+    x = tokens(8 * LENGTH, 1)
+    levels = level_count(8 * LENGTH, BLOCK_SIZE)
+    assert levels == level_count(LENGTH, BLOCK_SIZE) + 3
+    top = summary(x, None, levels)[-1]
+    width = BLOCK_SIZE << levels - 1
+    for group in range(top.shape[2]):
+        expected, _ = summarise(x[0, 1, group * width : (group + 1) * width], *effective_weights(summary, 1, levels, BLOCK_SIZE, RANK))
+        torch.testing.assert_close(top[0, 1, group], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_summed_in_float32(kind):
+    """Summaries of bfloat16 tokens are float32, and as exact as float32 sums of those tokens."""
+    summary, x = build(kind, dtype=torch.bfloat16), tokens().bfloat16()
+    levels = level_count(LENGTH, BLOCK_SIZE)
+    validity = torch.arange(LENGTH)[None] < LENGTH - 13
+    # Masses, too: their shares are of the weights as they are, not rounded once more.
+    exact = build(kind, dtype=torch.bfloat16).double()
+    for low, high in zip(summary(x, validity, levels), exact(x.double(), validity, levels)):
+        assert low.dtype == torch.float32
+        torch.testing.assert_close(low.double(), high, rtol=1e-4, atol=1e-5)
+    for low, high in zip(*(s.counts(validity, levels, DIM, t) for s, t in ((summary, torch.float32), (exact, torch.float64)))):
+        torch.testing.assert_close(low.double(), high, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width, rank", [(1, 1), (6, 3), (8, 1), (16, 4)])
+def test_depthwise_map_is_the_einsum(width, rank):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 5, 3, width, 4, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
+    weight = torch.randn(3, rank, width, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    ours, expected = depthwise_map(x, weight), torch.einsum("hrtc,bhgtc->bhgrc", weight, x)
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    for one, other in zip(torch.autograd.grad(ours, [x, weight], upstream), torch.autograd.grad(expected, [x, weight], upstream)):
+        torch.testing.assert_close(one, other)
+
+
+def test_depthwise_map_backward_in_parts():
+    """Many groups are handled a few at a time; parts that do not divide them must not lose the rest."""
+    heads, rank, width, dim, groups = 1, 2, 256, 128, 19
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, heads, groups, width, dim, generator=generator)
+    weight = torch.randn(heads, rank, width, dim, generator=generator)
+    upstream = torch.randn(2, heads, groups, rank, dim, generator=generator)
+    by_x, by_weight = depthwise_map_backward(upstream, x, weight)
+    torch.testing.assert_close(by_x, torch.einsum("bhgrc,hrtc->bhgtc", upstream, weight))
+    torch.testing.assert_close(by_weight, torch.einsum("bhgrc,bhgtc->hrtc", upstream, x), rtol=1e-4, atol=1e-4)
+
+
+def test_depthwise_map_passes_gradcheck_and_opcheck():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 2, 3, 4, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(2, 2, 4, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(depthwise_map, (x, weight))
+    torch.library.opcheck(depthwise_map, (x, weight))
+    torch.library.opcheck(depthwise_map, (x.detach().bfloat16().requires_grad_(), weight.detach().float().requires_grad_()))
