@@ -103,7 +103,7 @@ def multipole_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation='multipole' does not support {name}: {remedy}")
     if not isinstance(attention_mask, MultipoleMask):
-        got = "none" if attention_mask is None else f"a mask of shape {tuple(attention_mask.shape)}"
+        got = f"a mask of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, torch.Tensor) else repr(attention_mask)
         raise ValueError(
             f"attn_implementation='multipole' needs the mask that its own mask function makes, but the model passed {got}; "
             "masks over pairs of tokens are not supported, and models that make their own masks need 'sdpa'"
@@ -135,9 +135,12 @@ def multipole_attention_forward(
 
 
 def register() -> None:
-    """Makes "multipole" known to Transformers; doing it again changes nothing."""
-    AttentionInterface.register("multipole", multipole_attention_forward)
-    AttentionMaskInterface.register("multipole", multipole_mask)
+    """Makes "multipole" known to Transformers. Doing it again changes nothing: this file may also be loaded from a checkpoint, and
+    masks must come from the same copy of it as the attention function, for models that are already there too.
+    """
+    if "multipole" not in AttentionInterface():
+        AttentionInterface.register("multipole", multipole_attention_forward)
+        AttentionMaskInterface.register("multipole", multipole_mask)
 
 
 register()

@@ -8,8 +8,15 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, create_bidirectional_mask, create_causal_mask
-from transformers.masking_utils import find_packed_sequence_indices, packed_sequence_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    create_bidirectional_mask,
+    create_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -18,10 +25,10 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_functions import MultipoleMask, multipole_mask
+from .attention_functions import MultipoleMask
 from .cache_multipole import MultipoleLayer  # noqa: F401  (its definition registers the layer type)
 from .configuration_multipole import MultipoleConfig
-from .hierarchy import Alignment, level_count
+from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
 
 logger = logging.get_logger(__name__)
@@ -305,17 +312,19 @@ class MultipoleModel(MultipolePreTrainedModel):
 
     def _mask(self, implementation, inputs_embeds, attention_mask, segment_ids, past_key_values, length):
         """The mask of one attention function; Transformers' own for the exact ones."""
-        if attention_mask is not None and attention_mask.dim() != 2:
+        batch, queries = inputs_embeds.shape[:2]
+        if attention_mask is not None and (attention_mask.shape != (batch, length) or attention_mask.is_floating_point()):
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, but must be (batch, n): masks over pairs of tokens are not supported"
+                f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
+                f"(batch, n) = {(batch, length)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
             )
         causal = self.config.is_causal
         if implementation == "multipole":
-            batch, queries = inputs_embeds.shape[:2]
-            return multipole_mask(
-                batch,
-                queries,
-                length,
+            return ALL_MASK_ATTENTION_FUNCTIONS["multipole"](
+                batch_size=batch,
+                q_length=queries,
+                kv_length=length,
+                q_offset=length - queries,
                 mask_function=causal_mask_function if causal else bidirectional_mask_function,
                 attention_mask=attention_mask,
                 segment_ids=segment_ids,
