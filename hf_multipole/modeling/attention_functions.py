@@ -7,7 +7,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.modeling_utils import AttentionInterface
 
 from .hierarchy import Alignment, align_rows, block_of, check_rows
-from .multipole_attention import aligned_attention
+from .multipole_attention import aligned_attention, check_sizes
 
 # What other models pass for features that this attention does not have; None or False means that the feature is off.
 _UNSUPPORTED = {
@@ -25,6 +25,7 @@ class MultipoleMask:
     causal: bool
     length: int  # tokens in a row of keys
     alignment: Alignment | None = None
+    packed: bool = False  # the alignment keeps documents of one row apart
 
     def to(self, *args, **kwargs) -> "MultipoleMask":
         if self.alignment is None:
@@ -34,11 +35,16 @@ class MultipoleMask:
 
 def attention_options(config) -> dict:
     """The multipole options of a configuration: of our own models, or of ``config.multipole`` on others."""
-    given = getattr(config, "multipole", None) or {}
-    names = {"block_size": 64, "rank": 4, "size_weighting": True}
+    options = {"block_size": 64, "rank": 4, "size_weighting": True}
     if config.model_type == "multipole":
-        return {name: getattr(config, name) for name in names}
-    return names | {name: given[name] for name in names if name in given}
+        return {name: getattr(config, name) for name in options}
+    given = getattr(config, "multipole", None) or {}
+    unknown = sorted(set(given) - set(options))
+    if unknown:
+        raise ValueError(f"config.multipole has {unknown[0]!r}, but the options are {', '.join(map(repr, options))}")
+    options |= given
+    check_sizes(options["block_size"], options["rank"])
+    return options
 
 
 def multipole_mask(
@@ -66,6 +72,14 @@ def multipole_mask(
             "(a sliding window, packed rows or a custom pattern); use attn_implementation='sdpa' for it"
         )
     causal = name == causal_mask_function.__name__
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError("attn_implementation='multipole' does not support cross-attention, which this model has; use 'sdpa'")
+    # Static caches give their offset as a tensor, and hold keys of tokens that are still to come.
+    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise ValueError(
+            f"attn_implementation='multipole' needs the queries to be the last of the {kv_length} tokens of the keys: "
+            "static caches and cross-attention are not supported; use a dynamic cache, or 'sdpa'"
+        )
     if attention_mask is not None:
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         if attention_mask.shape[1] != kv_length:
@@ -77,7 +91,7 @@ def multipole_mask(
     if not torch.compiler.is_compiling():
         check_rows(attention_mask, segment_ids)
     block_size = block_of(kv_length, attention_options(config)["block_size"])
-    return MultipoleMask(causal, kv_length, align_rows(attention_mask, segment_ids, block_size))
+    return MultipoleMask(causal, kv_length, align_rows(attention_mask, segment_ids, block_size), segment_ids is not None)
 
 
 def multipole_attention_forward(
@@ -112,6 +126,15 @@ def multipole_attention_forward(
         raise ValueError(
             f"the mask is for {attention_mask.length} keys, but there are {key.shape[2]}: "
             "cross-attention and static caches are not supported by attn_implementation='multipole'"
+        )
+    if kwargs.get("is_causal") not in (None, attention_mask.causal) and query.shape[2] > 1:
+        raise ValueError(
+            f"is_causal={kwargs['is_causal']} contradicts the mask that the model made; set is_causal in the configuration instead"
+        )
+    if kwargs.get("cu_seq_lens_q") is not None and not attention_mask.packed:
+        raise ValueError(
+            "attn_implementation='multipole' supports packed rows (cu_seq_lens_q) in the multipole models only; "
+            "give each document its own row, or use 'flash_attention_2'"
         )
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
