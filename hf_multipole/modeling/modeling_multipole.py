@@ -113,9 +113,11 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 def layer_implementation(config: MultipoleConfig, layer_type: str, output_attentions: bool) -> str:
     """The attention function of a layer: a full_attention layer is always exact; a multipole layer is, when asked to be."""
-    if layer_type == "full_attention" and config._attn_implementation == "multipole":
-        return "eager" if output_attentions else "sdpa"
-    return config._attn_implementation
+    implementation = config._attn_implementation
+    if layer_type == "full_attention" and implementation == "multipole":
+        implementation = "sdpa"
+    # The same attention, but with its weights.
+    return "eager" if output_attentions and implementation == "sdpa" else implementation
 
 
 class MultipoleAttention(nn.Module):
