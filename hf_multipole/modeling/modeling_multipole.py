@@ -269,6 +269,13 @@ class MultipoleModel(MultipolePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, queries = inputs_embeds.shape[:2]
+        if batch == 0 or queries == 0:
+            raise ValueError(f"the input is empty: {batch} rows of {queries} tokens")
+        if past_key_values is not None and not self.config.is_causal:
+            raise ValueError(
+                "past_key_values belong to causal models: in a bidirectional one (is_causal=False) new tokens change all the others; "
+                "pass use_cache=False"
+            )
         output_attentions = kwargs.setdefault("output_attentions", self.config.output_attentions)
 
         segment_ids = self._segments(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
