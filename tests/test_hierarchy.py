@@ -51,7 +51,7 @@ def test_levels_and_groups(n, causal):
     """Levels exist as defined; ``row`` numbers the groups level after level; a later first block drops only the rows before it."""
     block_size = 4
     levels = level_count(n, block_size)
-    assert levels == sum(n > 2 * block_size * 2**l for l in range(20))
+    assert levels == sum(n > 2 * block_size * 2**i for i in range(20))
     starts = []
     for level in range(1, levels + 1):
         assert group_count(n, block_size, level) == len(range(0, n, block_size << level - 1))

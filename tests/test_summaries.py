@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_multipole.modeling.hierarchy import level_count
-from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary, depthwise_map, depthwise_map_backward
+from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary, depthwise_map
 from hf_multipole.reference import effective_weights, segment_means, summarise
 
 BLOCK_SIZE, RANK, HEADS, DIM, LENGTH = 4, 2, 2, 3, 64
@@ -35,6 +35,7 @@ def test_summaries_masses_and_counts_are_as_defined(kind, n):
     summary, x = build(kind), tokens(n)
     lengths = [n, n - 11]
     validity = torch.arange(n) < torch.tensor(lengths)[:, None]
+    x[1, :, n - 11 :] = 0
     levels = level_count(n, BLOCK_SIZE)
     assert levels > 1
     ours, masses = summary(x, validity, levels), summary.masses(validity, levels, DIM, torch.float64)
@@ -76,6 +77,8 @@ def test_learned_summaries_start_exactly_at_the_mean(kind, dtype):
     x = torch.randint(-9, 9, (2, HEADS, LENGTH, DIM)).to(dtype)
     validity = torch.arange(LENGTH)[None] < LENGTH - 16
     for valid in (None, validity):
+        if valid is not None:
+            x[:, :, LENGTH - 16 :] = 0
         for learned, mean in zip(summary(x, valid, levels), MeanSummary(BLOCK_SIZE, RANK)(x, valid, levels)):
             assert torch.equal(learned, mean)
     for learned, mean in zip(*(s.counts(validity, levels, DIM, dtype) for s in (summary, MeanSummary(BLOCK_SIZE, RANK)))):
@@ -84,24 +87,22 @@ def test_learned_summaries_start_exactly_at_the_mean(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_padded_row_is_the_truncated_row(kind):
-    """What lies after the end of a row changes neither its summaries nor their gradients, be it not-a-number."""
+    """However many empty slots follow a row: the same summaries and gradients, and none beyond its groups."""
     summary, n = build(kind), 27
     levels = level_count(n, BLOCK_SIZE)
-    slots = -(-n // BLOCK_SIZE) * BLOCK_SIZE
-    x = tokens(slots)
     results = []
-    for length, garbage in ((slots, torch.nan), (LENGTH, torch.inf)):
-        row = torch.full((2, HEADS, length, DIM), garbage, dtype=torch.float64)
-        row[:, :, :n] = x[:, :, :n]
+    for length in (28, 32, LENGTH):
+        row = torch.zeros(2, HEADS, length, DIM, dtype=torch.float64)
+        row[:, :, :n] = tokens()[:, :, :n]
         row.requires_grad_()
         summaries = summary(row, torch.arange(length)[None] < n, levels)
         kept = [level[:, :, : -(-n // (BLOCK_SIZE << i))] for i, level in enumerate(summaries)]
         assert all((level[:, :, k.shape[2] :] == 0).all() for level, k in zip(summaries, kept))
         gradients = torch.autograd.grad(sum((k * k).sum() for k in kept), [row, *summary.parameters()], allow_unused=True)
-        assert (gradients[0][:, :, n:] == 0).all()
         results.append([*kept, gradients[0][:, :, :n], *(g for g in gradients[1:] if g is not None)])
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other)
+    for others in results[1:]:
+        for one, other in zip(results[0], others):
+            torch.testing.assert_close(one, other)
 
 
 def test_a_group_without_weight_on_its_tokens_is_left_out():
@@ -110,7 +111,9 @@ def test_a_group_without_weight_on_its_tokens_is_left_out():
     with torch.no_grad():
         summary.tokens[0, 0, 0] = 0  # nothing for the only token of the last group
         summary.tokens[1] = 0
-    x = tokens(16).requires_grad_()
+    x = tokens(16)
+    x[:, :, 13:] = 0
+    x.requires_grad_()
     validity = torch.arange(16)[None] < 13
     summaries = summary(x, validity, 1)[0]
     masses = summary.masses(validity, 1, DIM, torch.float64)[0]
@@ -151,6 +154,7 @@ def test_half_precision_is_summed_in_float32(kind):
     """Summaries of bfloat16 tokens are float32, and as exact as float32 sums of those tokens."""
     summary, x = build(kind, dtype=torch.bfloat16), tokens().bfloat16()
     levels = level_count(LENGTH, BLOCK_SIZE)
+    x[:, :, LENGTH - 13 :] = 0
     validity = torch.arange(LENGTH)[None] < LENGTH - 13
     # Masses, too: their shares are of the weights as they are, not rounded once more.
     exact = build(kind, dtype=torch.bfloat16).double()
@@ -161,34 +165,49 @@ def test_half_precision_is_summed_in_float32(kind):
         torch.testing.assert_close(low.double(), high, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("width, rank", [(1, 1), (6, 3), (8, 1), (16, 4)])
-def test_depthwise_map_is_the_einsum(width, rank):
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2, 5, 3, width, 4, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
-    weight = torch.randn(3, rank, width, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    ours, expected = depthwise_map(x, weight), torch.einsum("hrtc,bhgtc->bhgrc", weight, x)
+def one_map(width: int, rank: int, heads: int, dim: int) -> DirectSummary:
+    """A summary of one level, which is one depthwise map, with random weights."""
+    summary = DirectSummary(width, rank, heads, dim, 2 * width + 1).double()
+    torch.nn.init.normal_(summary.levels[0], generator=torch.Generator().manual_seed(2))
+    return summary
+
+
+@pytest.mark.parametrize(
+    "batch, heads, groups, width, rank, dim", [(2, 3, 5, 1, 1, 4), (2, 3, 5, 6, 3, 4), (1, 1, 5, 16, 4, 2), (2, 1, 19, 256, 2, 128)]
+)
+def test_depthwise_map_is_the_einsum(batch, heads, groups, width, rank, dim):
+    """In gradients, too. The last shape is worked off in parts, which do not divide its groups."""
+    generator = torch.Generator().manual_seed(3)
+    # As a projection leaves it: heads behind tokens.
+    x = torch.randn(batch, groups * width, heads, dim, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
+    summary = one_map(width, rank, heads, dim)
+    grouped, weight = x.unflatten(2, (groups, width)), summary.levels[0]
+    expected = torch.einsum("hrtc,bhgtc->bhgrc", weight, grouped)
+    torch.testing.assert_close(depthwise_map(grouped, weight), expected)
+    ours = summary(x, None, 1)[0]
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
     for one, other in zip(torch.autograd.grad(ours, [x, weight], upstream), torch.autograd.grad(expected, [x, weight], upstream)):
         torch.testing.assert_close(one, other)
 
 
-def test_depthwise_map_backward_in_parts():
-    """Many groups are handled a few at a time; parts that do not divide them must not lose the rest."""
-    heads, rank, width, dim, groups = 1, 2, 256, 128, 19
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, heads, groups, width, dim, generator=generator)
-    weight = torch.randn(heads, rank, width, dim, generator=generator)
-    upstream = torch.randn(2, heads, groups, rank, dim, generator=generator)
-    by_x, by_weight = depthwise_map_backward(upstream, x, weight)
-    torch.testing.assert_close(by_x, torch.einsum("bhgrc,hrtc->bhgtc", upstream, weight))
-    torch.testing.assert_close(by_weight, torch.einsum("bhgrc,bhgtc->hrtc", upstream, x), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    summary, x = build(kind), tokens(22, 1).requires_grad_()
+    levels = level_count(22, BLOCK_SIZE)
+    x.data[:, :, 19:] = 0
+    for validity in (None, torch.arange(22)[None] < 19):
+
+        def function(x, *_):
+            # The weights are the module's own, changed in place by gradcheck.
+            return tuple(summary(x, validity, levels)) + tuple(summary.counts(torch.arange(22)[None] < 19, levels, DIM, torch.float64))
+
+        # Padding's own gradient is the caller's to remove.
+        assert torch.autograd.gradcheck(function, (x, *list(summary.parameters())[:levels]))
 
 
-def test_depthwise_map_passes_gradcheck_and_opcheck():
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(2, 2, 3, 4, 2, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(2, 2, 4, 2, dtype=torch.float64, generator=generator, requires_grad=True)
-    assert torch.autograd.gradcheck(depthwise_map, (x, weight))
-    torch.library.opcheck(depthwise_map, (x, weight))
-    torch.library.opcheck(depthwise_map, (x.detach().bfloat16().requires_grad_(), weight.detach().float().requires_grad_()))
+def test_operators_are_registered():
+    """Schema and fake tensors, as torch.compile relies on them."""
+    x, weight = tokens(16).unflatten(2, (4, 4)), torch.randn(HEADS, RANK, 4, DIM, dtype=torch.float64)
+    for arguments in ((x, weight), (x.transpose(3, 4).contiguous().transpose(3, 4), weight), (x.bfloat16(), weight.float())):
+        torch.library.opcheck(depthwise_map, arguments, test_utils=("test_schema", "test_faketensor"))
