@@ -338,16 +338,11 @@ def _far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_he
     return row, bias
 
 
-class _Fork(torch.autograd.Function):
-    """Two uses of one tensor whose gradients are added in place: a third tensor of the size of the keys is saved."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x), x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, first, second):
-        return second if first is None else first if second is None else first.add_(second)
+def _with_tokens(summary, tokens, validity, levels):
+    """The tokens for further use, and their summaries ``(batch, heads, summaries, dim)``, all levels side by side."""
+    shared = getattr(summary, "with_tokens", None)
+    tokens, summaries = (tokens, summary(tokens, validity, levels)) if shared is None else shared(tokens, validity, levels)
+    return tokens, torch.cat([level.flatten(2, 3) for level in summaries], 2)
 
 
 def aligned_attention(
@@ -407,14 +402,10 @@ def aligned_attention(
         elif not causal and n % (block_size << (levels - 1)):
             validity = (torch.arange(slots, device=q.device) < n)[None]
         if far_keys is None:
-            k, far_keys = _Fork.apply(k)
+            k, far_k = _with_tokens(key_summary or means, k, validity, levels)
         else:
-            far_keys = _to_grid(far_keys, alignment, block_size)
-        v, far_values = _Fork.apply(v)
-        far_k, far_v = (
-            torch.cat([level.flatten(2, 3) for level in (summary or means)(x, validity, levels)], 2)
-            for summary, x in ((key_summary, far_keys), (value_summary, far_values))
-        )
+            far_k = _with_tokens(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels)[1]
+        v, far_v = _with_tokens(value_summary or means, v, validity, levels)
         if validity is not None:
             counts = getattr(key_summary, "counts", means.counts)(validity, levels, dim, dtype)
             counts = torch.cat([level.flatten(2, 3) for level in counts], 2)

@@ -1,9 +1,9 @@
 """Group summaries: what a query sees of a far group in place of its tokens (arXiv 2310.11960, section 3).
 
-A summary module maps tokens ``(batch, heads, n, dim)`` in the grid of hierarchy.py (``n`` a multiple of ``block_size``),
-of which ``validity`` ``(batch or 1, n)`` bool, or None for all, marks the real ones, to one tensor of summaries
-``(batch, heads, groups, rank, dim)`` for each of ``levels`` levels. The learned kinds have weights for each head, rank and channel, and start
-exactly at the mean: summary r of a group is the mean of the r-th of ``rank`` equal contiguous segments.
+A summary module maps tokens ``(batch, heads, n, dim)`` in the grid of hierarchy.py (``n`` a multiple of ``block_size``;
+zeros where ``validity`` ``(batch or 1, n)`` bool, or None for all, does not mark a real one) to one tensor of summaries
+``(batch, heads, groups, rank, dim)`` for each of ``levels`` levels. The learned kinds have weights for each head, rank and
+channel, and start exactly at the mean: summary r of a group is the mean of the r-th of ``rank`` equal contiguous segments.
 
 Groups that are not full are divided by their mass, the share of their absolute weight that lies on valid tokens;
 ``counts`` says for how many tokens each summary stands: the mean mass times the width of a segment.
@@ -44,25 +44,28 @@ def depthwise_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return total.view(batch, heads, groups, rank, u, dim).sum(4)
 
 
-@torch.library.custom_op("hf_multipole::depthwise_map_backward", mutates_args=())
-def depthwise_map_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("hf_multipole::depthwise_map_backward_", mutates_args=("grad_x",))
+def depthwise_map_backward_(grad_x: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Adds the gradient of x to ``grad_x`` (x's shape) and returns the weight's; ``grad`` is the summaries'."""
     batch, heads, groups, width, dim = x.shape
     rank = weight.shape[1]
     cast = weight.to(grad.dtype)
-    grad_x = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
     # A few groups at a time, so that tokens and sums stay in the cache.
     together = max(1, min(groups, 2**18 // (width * dim)))
     total = grad.new_zeros(heads, min(groups, max(1, 2**20 // weight.numel())), rank, width, dim)
     for b in range(batch):
         for start in range(0, groups, together):
             part = slice(start, start + together)
-            torch.mul(grad[b, :, part, 0, None], cast[:, None, 0], out=grad_x[b, :, part])
-            for r in range(1, rank):
-                grad_x[b, :, part].addcmul_(grad[b, :, part, r, None], cast[:, None, r])
+            # In low precision the sum is rounded once.
+            out = grad_x[b, :, part] if grad_x.dtype == grad.dtype else torch.zeros_like(grad_x[b, :, part], dtype=grad.dtype)
+            for r in range(rank):
+                out.addcmul_(grad[b, :, part, r, None], cast[:, None, r])
+            if grad_x.dtype != grad.dtype:
+                grad_x[b, :, part] += out
         for start in range(0, groups, total.shape[1]):
             upper = grad[b, :, start : start + total.shape[1], :, None]
             total[:, : upper.shape[1]].addcmul_(x[b, :, start : start + total.shape[1], None], upper)
-    return grad_x.to(x.dtype), total.sum(1).to(weight.dtype)
+    return total.sum(1).to(weight.dtype)
 
 
 @depthwise_map.register_fake
@@ -70,15 +73,43 @@ def _(x, weight):
     return x.new_empty(*x.shape[:3], weight.shape[1], x.shape[-1], dtype=compute_dtype(x.dtype))
 
 
-@depthwise_map_backward.register_fake
-def _(grad, x, weight):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight, memory_format=torch.contiguous_format)
+@depthwise_map_backward_.register_fake
+def _(grad_x, grad, x, weight):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-depthwise_map.register_autograd(
-    lambda ctx, grad: depthwise_map_backward(grad.contiguous(), *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+class _Map(torch.autograd.Function):
+    """Groups of tokens mapped to summaries, by weights or (None) to their mean; also returns the tokens.
+
+    Whoever goes on with the returned tokens has their gradient completed in place: tensors of the size of the keys cost more to
+    make than to fill.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, width, weight):
+        groups = tokens.unflatten(2, (-1, width))
+        ctx.width = width
+        ctx.save_for_backward(*(() if weight is None else (tokens, weight)))
+        summaries = groups.mean(3, dtype=compute_dtype(tokens.dtype)) if weight is None else depthwise_map(groups, weight)
+        return tokens.view_as(tokens), summaries
+
+    @staticmethod
+    def backward(ctx, grad, upper):
+        if not ctx.saved_tensors:
+            grad.unflatten(2, (-1, ctx.width)).add_((upper / ctx.width).unsqueeze(3))
+            return grad, None, None
+        tokens, weight = ctx.saved_tensors
+        groups = tokens.unflatten(2, (-1, ctx.width))
+        return grad, None, depthwise_map_backward_(grad.unflatten(2, (-1, ctx.width)), upper.contiguous(), groups, weight)
+
+
+def _map(tokens: torch.Tensor, width: int, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(batch, heads, n, dim)`` to the same tokens and ``(batch, heads, groups, rank, dim)``, or ``(batch, heads, groups, dim)``
+    means; the last group is filled up with zeros.
+    """
+    if tokens.shape[2] % width == 0:
+        return _Map.apply(tokens, width, weight)
+    return tokens, _Map.apply(_groups(tokens, width).flatten(2, 3), width, weight)[1]
 
 
 def _groups(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -112,21 +143,20 @@ class MeanSummary(nn.Module):
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, rank={self.rank}"
 
-    def _maps(self, x: torch.Tensor, levels: int, absolute: bool) -> list[torch.Tensor]:
-        """The linear maps of all levels, not yet divided by the mass; of ``absolute`` shares: the masses."""
-        segment = self.block_size // self.rank
-        out = []
-        for _ in range(levels):
-            x = _groups(x, segment).mean(3, dtype=compute_dtype(x.dtype))
-            out.append(_groups(x, self.rank))
-            segment = 2
-        return out
+    def _maps(self, tokens: torch.Tensor, levels: int, absolute: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The tokens, and the linear maps of all levels, not yet divided by the mass; of ``absolute`` shares: the masses."""
+        tokens, means = _map(tokens, self.block_size // self.rank, None)
+        out = [_groups(means, self.rank)]
+        for _ in range(1, levels):
+            means = _groups(means, 2).mean(3)
+            out.append(_groups(means, self.rank))
+        return tokens, out
 
     def masses(self, validity: torch.Tensor, levels: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Mass of every summary, ``(batch, heads or 1, groups, rank, dim or 1)`` a level, from 0 (no valid token) to 1."""
         heads, channels = self._mass_shape(dim)
         valid = validity[:, None, :, None].to(dtype).expand(-1, heads, -1, channels)
-        return self._maps(valid, levels, True)
+        return self._maps(valid, levels, True)[1]
 
     def _mass_shape(self, dim: int) -> tuple[int, int]:
         return 1, 1
@@ -136,14 +166,18 @@ class MeanSummary(nn.Module):
         segment = self.block_size // self.rank
         return [mass.mean(-1) * (segment << level) for level, mass in enumerate(self.masses(validity, levels, dim, dtype))]
 
+    def with_tokens(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The summaries, and before them the tokens for further use, which makes the backward pass cheaper."""
+        tokens, summaries = self._maps(tokens, levels, False)
+        if validity is not None:
+            masses = self.masses(validity, levels, tokens.shape[-1], compute_dtype(tokens.dtype))
+            summaries = [
+                torch.where(mass > 0, summary / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0) for summary, mass in zip(summaries, masses)
+            ]
+        return tokens, summaries
+
     def forward(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int) -> list[torch.Tensor]:
-        if validity is None:
-            return self._maps(tokens, levels, False)
-        summaries = self._maps(tokens.masked_fill(~validity[:, None, :, None], 0), levels, False)
-        masses = self.masses(validity, levels, tokens.shape[-1], compute_dtype(tokens.dtype))
-        return [
-            torch.where(mass > 0, summary / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0) for summary, mass in zip(summaries, masses)
-        ]
+        return self.with_tokens(tokens, validity, levels)[1]
 
 
 class _LearnedSummary(MeanSummary):
@@ -180,16 +214,14 @@ class HierarchicalSummary(_LearnedSummary):
         self.tokens.copy_(self.start(self.tokens))
         self.merge.copy_(self.start(self.merge))
 
-    def _maps(self, x, levels, absolute):
-        tokens, merge = (_share(self.tokens), _share(self.merge)) if absolute else (self.tokens, self.merge)
-        out = []
-        for level in range(levels):
-            if level == 0:
-                out.append(depthwise_map(_groups(x, self.block_size), tokens))
-            else:
-                children = _groups(out[-1].flatten(2, 3), 2 * self.rank)
-                out.append((children[:, :, :, None] * merge[:, None]).sum(4))
-        return out
+    def _maps(self, tokens, levels, absolute):
+        first, merge = (_share(self.tokens), _share(self.merge)) if absolute else (self.tokens, self.merge)
+        tokens, summaries = _map(tokens, self.block_size, first)
+        out = [summaries]
+        for _ in range(1, levels):
+            children = _groups(out[-1].flatten(2, 3), 2 * self.rank)
+            out.append((children[:, :, :, None] * merge[:, None]).sum(4))
+        return tokens, out
 
 
 class DirectSummary(_LearnedSummary):
@@ -213,11 +245,14 @@ class DirectSummary(_LearnedSummary):
         for weight in self.levels:
             weight.copy_(self.start(weight))
 
-    def _maps(self, x, levels, absolute):
+    def _maps(self, tokens, levels, absolute):
         if levels > len(self.levels):
             raise ValueError(
                 f"direct summaries were built for at most {self.max_length} tokens and have {len(self.levels)} levels, "
                 f"but this row needs {levels}; use summary='hierarchical', which has no such limit"
             )
-        weights = [_share(weight) if absolute else weight for weight in self.levels[:levels]]
-        return [depthwise_map(_groups(x, weight.shape[2]), weight) for weight in weights]
+        out = []
+        for weight in self.levels[:levels]:
+            tokens, summaries = _map(tokens, weight.shape[2], _share(weight) if absolute else weight)
+            out.append(summaries)
+        return tokens, out

@@ -86,7 +86,9 @@ def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments,
         )
         given = vars(given)
         if "config_overrides" in given:
-            given["config_overrides"] = values.get("config_overrides", {}) | ModelArguments(config_overrides=given["config_overrides"]).config_overrides
+            given["config_overrides"] = (
+                values.get("config_overrides", {}) | ModelArguments(config_overrides=given["config_overrides"]).config_overrides
+            )
         values |= given
         return parser.parse_dict(values)
     return parser.parse_args_into_dataclasses(rest)

@@ -83,7 +83,9 @@ def plot_attention(model: PreTrainedModel, tokens: torch.Tensor, path: Path) -> 
     plt.close(figure)
 
 
-def write_card(folder: Path, title: str, figures: dict[str, float], curve: list[dict[str, float]], command: str, images: dict[str, str]) -> None:
+def write_card(
+    folder: Path, title: str, figures: dict[str, float], curve: list[dict[str, float]], command: str, images: dict[str, str]
+) -> None:
     """README.md of a trained checkpoint: what it is, how to load it, the figures and the command that gave them."""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
     points = "\n".join(f"| {point['step']} | {point['bits']:.3f} |" for point in curve)
