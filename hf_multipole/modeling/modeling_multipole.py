@@ -228,9 +228,10 @@ class MultipolePreTrainedModel(PreTrainedModel):
         if isinstance(module, HierarchicalSummary):
             for weight in (module.tokens, module.merge):
                 init.copy_(weight, module.start(weight))
-        elif isinstance(module, DirectSummary):
-            for weight in module.levels:
-                init.copy_(weight, module.start(weight))
+        elif isinstance(module, nn.ParameterList):
+            # Of a DirectSummary, which Transformers passes over: it has no parameters of its own.
+            for weight in module:
+                init.copy_(weight, DirectSummary.start(weight))
         elif isinstance(module, MultipoleAttention) and getattr(module, "far_bias", None) is not None:
             init.constant_(module.far_bias, self.config.far_bias_init)
 
