@@ -356,16 +356,22 @@ class MultipoleModel(MultipolePreTrainedModel):
             # Tokens of the cache: their positions go before those of the new ones, without gaps.
             before = positions[:, :1] + torch.arange(-missing, 0, device=positions.device)
             positions = torch.cat([before, positions], 1)
-        validity = None
         if alignment is not None:
             positions = positions.expand(len(alignment.index), -1).gather(1, alignment.index)
-            validity = alignment.document >= 0
+            validity = (alignment.document >= 0).expand(len(positions), -1)
         else:
             slots = -(-mask.length // config.block_size) * config.block_size
-            validity = (torch.arange(slots, device=positions.device) < mask.length)[None]
+            validity = (torch.arange(slots, device=positions.device) < mask.length).expand(len(positions), -1)
             positions = nn.functional.pad(positions, (0, slots - mask.length))
         means = MeanSummary(config.block_size, config.rank)
-        centres = means(positions[:, None, :, None], validity.expand(len(positions), -1), levels)
+        centres = means(positions.masked_fill(~validity, 0)[:, None, :, None], validity, levels)
+        masses = means.masses(validity, levels, 1, positions.dtype)
+        segment = torch.arange(config.rank, device=positions.device) + 0.5
+        for level, mass in enumerate(masses):
+            # A learned summary may stand for a segment of its group that has no token: then where the tokens would be.
+            width = config.block_size << level
+            there = positions[:, None, ::width, None] + segment * (width // config.rank) - 0.5
+            centres[level] = torch.where(mass > 0, centres[level], there[..., None])
         return [self.rotary_emb(inputs_embeds, centre.squeeze(-1)) for centre in centres]
 
     def get_input_embeddings(self):
