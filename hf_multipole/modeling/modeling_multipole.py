@@ -286,8 +286,13 @@ class MultipoleModel(MultipolePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is not None and (attention_mask.shape != (batch, past + queries) or attention_mask.is_floating_point()):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
+                f"(batch, n) = {(batch, past + queries)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
+            )
         if position_ids is None:
-            position_ids = torch.arange(past, past + queries, device=inputs_embeds.device)[None]
+            position_ids = self._positions(inputs_embeds, attention_mask, segment_ids, past)
         kinds = {layer_implementation(self.config, kind, output_attentions) for kind in self.config.layer_types}
         masks = {kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, past_key_values, past + queries) for kind in kinds}
         centres = None
@@ -320,14 +325,21 @@ class MultipoleModel(MultipolePreTrainedModel):
             return None
         return find_packed_sequence_indices(position_ids.expand(batch, -1))
 
+    def _positions(self, inputs_embeds, attention_mask, segment_ids, past) -> torch.Tensor:
+        """Positions of the tokens in their documents. Summaries of rotated keys are not a matter of distances only, since their
+        weights differ from channel to channel: counted otherwise, padding and the documents before would change the result.
+        """
+        queries = inputs_embeds.shape[1]
+        tokens = torch.arange(past, past + queries, device=inputs_embeds.device)[None]
+        if segment_ids is not None:
+            return tokens - torch.where(segment_ids == segment_ids.roll(1, 1), 0, tokens).cummax(1).values
+        if attention_mask is not None:
+            return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:].to(tokens.device)
+        return tokens
+
     def _mask(self, implementation, inputs_embeds, attention_mask, segment_ids, past_key_values, length):
         """The mask of one attention function; Transformers' own for the exact ones."""
         batch, queries = inputs_embeds.shape[:2]
-        if attention_mask is not None and (attention_mask.shape != (batch, length) or attention_mask.is_floating_point()):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
-                f"(batch, n) = {(batch, length)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
-            )
         causal = self.config.is_causal
         if implementation == "multipole":
             return ALL_MASK_ATTENTION_FUNCTIONS["multipole"](
