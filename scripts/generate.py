@@ -1,6 +1,6 @@
 """Continues a prompt with a causal checkpoint; the text is printed as it is made.
 
-    python scripts/generate.py --model runs/quickstart --prompt "def main():" --max-new-tokens 200
+python scripts/generate.py --model runs/quickstart --prompt "def main():" --max-new-tokens 200
 """
 
 import argparse

@@ -31,7 +31,9 @@ def main() -> None:
     training_texts, held_out_texts = standard_library(data_args.train_folder)
     rows = None
     if training_args.max_steps > 0:
-        rows = training_args.max_steps * training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+        rows = (
+            training_args.max_steps * training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+        )
     with training_args.main_process_first(desc="packing"):
         train = pack(tokenizer, training_texts, data_args.context_length, rows)
         held_out = pack(tokenizer, held_out_texts, data_args.context_length, data_args.eval_rows + data_args.test_rows)

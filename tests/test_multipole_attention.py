@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_multipole import multipole_attention
 from hf_multipole.modeling import multipole_attention as module
+from hf_multipole.modeling import multipole_torch as kernel
 from hf_multipole.modeling.hierarchy import align_rows, far_columns, level_count
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from hf_multipole.reference import multipole_attention_reference
@@ -137,10 +138,10 @@ def test_the_size_of_the_chunks_does_not_matter(monkeypatch, causal, shape):
         chunks.add(size := real(rows, columns, device))
         return size
 
-    real = module._blocks_at_once
-    monkeypatch.setattr(module, "_blocks_at_once", counting)
+    real = kernel._blocks_at_once
+    monkeypatch.setattr(kernel, "_blocks_at_once", counting)
     for logits in (1, 1500, 2**30):
-        monkeypatch.setattr(module, "_LOGITS_PER_THREAD", logits)
+        monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", logits)
         results.append(make(case).with_gradients(multipole_attention))
     assert len(chunks) >= 3
     for other in results[1:]:
@@ -387,8 +388,8 @@ def test_dropout_is_that_of_the_reference(monkeypatch, causal, logits):
         assert p == 0.3
         return factors[first : first + shape[0]].view(shape)
 
-    monkeypatch.setattr(module, "dropout_factors", known)
-    monkeypatch.setattr(module, "_LOGITS_PER_THREAD", logits)
+    monkeypatch.setattr(kernel, "dropout_factors", known)
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", logits)
     call = make(case)
     actual = call.with_gradients(lambda *tensors, **options: multipole_attention(*tensors, **options, dropout_p=0.3))
     expected = call.with_gradients(
@@ -402,7 +403,7 @@ def test_dropout_is_that_of_the_reference(monkeypatch, causal, logits):
 
 def test_dropout_is_drawn_once_for_forward_and_backward(monkeypatch):
     """The output is linear in the values: with one set of factors, <gradient, values> is <output, upstream>."""
-    monkeypatch.setattr(module, "_LOGITS_PER_THREAD", 1500)
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 1500)
     call = make(replace(FULL, summary="mean"))
     call.options["dropout_p"] = 0.4
     torch.manual_seed(0)
@@ -415,7 +416,7 @@ def test_dropout_is_drawn_once_for_forward_and_backward(monkeypatch):
 
 
 def test_dropout_factors_are_zero_or_scaled_up():
-    factors = module.dropout_factors((20, 50, 50), 0.2, torch.Generator().manual_seed(0), 0)
+    factors = kernel.dropout_factors((20, 50, 50), 0.2, torch.Generator().manual_seed(0), 0)
     assert set(factors.unique().tolist()) == {0.0, torch.tensor(1 / 0.8).item()}
     # Five standard deviations of the mean of 50 000 draws.
     assert abs(factors.mean().item() - 1) < 5 * (0.25 / factors.numel()) ** 0.5
@@ -423,9 +424,9 @@ def test_dropout_factors_are_zero_or_scaled_up():
 
 def test_dropout_differs_between_rows_and_heads_and_blocks(monkeypatch):
     seen = []
-    real = module.dropout_factors
-    monkeypatch.setattr(module, "dropout_factors", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
-    monkeypatch.setattr(module, "_LOGITS_PER_THREAD", 1)
+    real = kernel.dropout_factors
+    monkeypatch.setattr(kernel, "dropout_factors", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 1)
     call = make(replace(FULL, repeats=1))
     call.options["dropout_p"] = 0.5
     call(multipole_attention)
@@ -506,10 +507,10 @@ def peak_bytes(function) -> int:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_memory_is_linear(monkeypatch, causal):
-    monkeypatch.setattr(module, "_LOGITS_PER_THREAD", 2**12)
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 2**12)
     peaks = []
     for n in (1024, 2048, 4096):
-        monkeypatch.setattr(module, "_arena", threading.local())
+        monkeypatch.setattr(kernel, "_arena", threading.local())
         call = make(replace(FULL, n=n, block_size=32, batch=1, kv_heads=1, dim=16, value_dim=16, dtype=torch.float32, causal=causal))
         peaks.append(peak_bytes(lambda: call.with_gradients(multipole_attention)))
     # One weight a pair of tokens would make 64 MiB a head.

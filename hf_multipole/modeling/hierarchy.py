@@ -86,8 +86,7 @@ def check_rows(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | 
         rows = (starts > 1).nonzero()
         if len(rows):
             raise ValueError(
-                f"attention_mask has a hole in row {rows[0].item()}: padding must lie at the ends of a row; "
-                "move the padding to one side, or pass segment_ids for packed rows"
+                f"attention_mask has a hole in row {rows[0].item()}: padding must lie at the ends of a row; move it to one side"
             )
     if segment_ids is not None:
         for row, ids in enumerate(segment_ids):
@@ -101,7 +100,8 @@ def align_rows(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | 
 
     A document of more than ``block_size`` tokens takes a stretch of ``block_size`` times a power of two, longest first, which
     aligns all of them; shorter ones follow without a gap, since the near field covers them anywhere. The grid of a packed row
-    has at most ``2 * n`` slots; under ``torch.compile`` exactly as many, so that its shape does not depend on the data.
+    has at most ``2 * n`` slots, rounded up to a block; under ``torch.compile`` exactly as many, so that its shape does not
+    depend on the data.
     """
     given = attention_mask if segment_ids is None else segment_ids
     batch, n = given.shape

@@ -95,10 +95,11 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, upper):
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # asked for once: checkpointing hands them out once
+        if not saved:
             grad.unflatten(2, (-1, ctx.width)).add_((upper / ctx.width).unsqueeze(3))
             return grad, None, None
-        tokens, weight = ctx.saved_tensors
+        tokens, weight = saved
         groups = tokens.unflatten(2, (-1, ctx.width))
         return grad, None, depthwise_map_backward_(grad.unflatten(2, (-1, ctx.width)), upper.contiguous(), groups, weight)
 
@@ -122,7 +123,7 @@ def _groups(x: torch.Tensor, width: int) -> torch.Tensor:
 
 def _share(weight: torch.Tensor) -> torch.Tensor:
     """Absolute weights as shares of their sum over the tokens (uniform where all are 0)."""
-    size = weight.abs()
+    size = weight.abs().to(compute_dtype(weight.dtype))
     total = size.sum(2, keepdim=True)
     return torch.where(total > 0, size / total.clamp(min=torch.finfo(size.dtype).tiny), 1 / weight.shape[2])
 

@@ -1,0 +1,295 @@
+"""The PyTorch path of multipole attention: one operator on blocks, with its backward pass.
+
+The whole computation is one operator on blocks. A query block's columns are the keys of two or three neighbouring blocks and
+the summaries that the hierarchy lists for it, copied side by side; one softmax runs over them all. Blocks are handled a few
+at a time, so that logits stay in the cache and memory is linear in n; the backward pass computes them again.
+"""
+
+import math
+import threading
+
+import torch
+
+from .hierarchy import near_offsets
+from .summaries import compute_dtype
+
+# Logits computed at once: 1 MiB of float32 a CPU thread, which stays in its cache; on other devices, enough to fill them.
+_LOGITS_PER_THREAD = 2**18
+_LOGITS_ON_DEVICE = 2**26
+
+
+def _blocks_at_once(rows: int, columns: int, device: torch.device) -> int:
+    logits = _LOGITS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _LOGITS_ON_DEVICE
+    return max(1, logits // max(1, rows * columns))
+
+
+_arena = threading.local()
+
+
+def _buffers(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Uninitialised work space. On the CPU it is kept from call to call: fresh pages cost more than the copies into them."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if device.type != "cpu":
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    kept = getattr(_arena, str(dtype), None)
+    if kept is None or kept.numel() < sum(sizes):
+        kept = torch.empty(sum(sizes), dtype=dtype)
+        setattr(_arena, str(dtype), kept)
+    return [part.view(shape) for part, shape in zip(kept[: sum(sizes)].split(sizes), shapes)]
+
+
+def dropout_factors(shape: tuple[int, ...], p: float, generator: torch.Generator, first: int) -> torch.Tensor:
+    """Factors of the attention weights of the blocks from ``first`` on: 0 with probability ``p``, else ``1 / (1 - p)``.
+
+    shape: ``(blocks, rows, columns)``. Tests put their own factors here.
+    """
+    keep = torch.rand(shape, generator=generator, device=generator.device) >= p
+    return keep / (1 - p)
+
+
+class _Work:
+    """The buffers and the pieces of one pass over the blocks; see ``block_attention`` for the arguments."""
+
+    def __init__(self, q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed):
+        self.q, self.k, self.v, self.far_k, self.far_v = q, k, v, far_k, far_v
+        self.far_index, self.far_bias, self.document = far_index, far_bias, document
+        self.causal, self.row_blocks, self.scale, self.softcap = causal, row_blocks, scale, softcap
+        self.dropout_p, self.seed = dropout_p, seed
+        self.blocks, self.rows, self.dim = q.shape
+        self.block_size = k.shape[1]
+        self.offsets = near_offsets(row_blocks, causal)
+        self.near = len(self.offsets) * self.block_size
+        self.columns = self.near + far_index.shape[1]
+        self.dtype = compute_dtype(q.dtype)
+        self.step = min(self.blocks, _blocks_at_once(self.rows, self.columns, q.device))
+        if causal:
+            own = torch.ones(self.block_size, self.block_size, dtype=torch.bool, device=q.device).triu(1)
+            self.future = torch.cat([torch.zeros_like(own)] * (len(self.offsets) - 1) + [own], 1)
+            self.future_bias = torch.zeros(self.future.shape, dtype=self.dtype, device=q.device).masked_fill_(self.future, -torch.inf)
+        # A masked product of 0 and infinity is NaN: where keys or values are not finite, masking takes a careful form.
+        self.finite = bool(torch.isfinite(sum(x.sum(dtype=self.dtype) for x in (k, v, far_k, far_v))))
+
+    def buffers(self, *sizes) -> list[torch.Tensor]:
+        return _buffers(self.q.device, self.dtype, *((self.step, *size) for size in sizes))
+
+    def parts(self):
+        for start in range(0, self.blocks, self.step):
+            yield start, min(self.blocks, start + self.step)
+
+    def neighbours(self, start, stop):
+        """For each near offset: the slice of columns, the blocks of the part that have a neighbour, and those neighbours."""
+        for i, offset in enumerate(self.offsets):
+            low = min(max(start + offset, 0), self.blocks)
+            high = max(low, min(stop + offset, self.blocks))
+            own = slice(low - offset - start, high - offset - start)
+            yield slice(i * self.block_size, (i + 1) * self.block_size), own, slice(low, high)
+
+    def gather(self, near, far, start, stop, out) -> torch.Tensor:
+        """Near tokens and far summaries of each block, side by side: ``(blocks, columns, dim)``."""
+        out = out[: stop - start]
+        for columns, own, others in self.neighbours(start, stop):
+            out[own, columns].copy_(near[others])
+            if own.start > 0:
+                out[: own.start, columns].zero_()
+            if own.stop < stop - start:
+                out[own.stop :, columns].zero_()
+        if self.columns > self.near:
+            rows = far.index_select(0, self.far_index[start:stop].reshape(-1))
+            out[:, self.near :].copy_(rows.view(stop - start, -1, far.shape[-1]))
+        return out
+
+    def scatter(self, grad, start, stop, near, far) -> None:
+        """The transpose of ``gather``, added to ``near`` and ``far``."""
+        for columns, own, others in self.neighbours(start, stop):
+            near[others].add_(grad[own, columns])
+        if self.columns > self.near:
+            far.index_add_(0, self.far_index[start:stop].reshape(-1), grad[:, self.near :].reshape(-1, far.shape[-1]))
+
+    def hidden(self, start, stop) -> torch.Tensor:
+        """The documents' part of the near mask: ``(blocks, block_size, near)`` bool."""
+        document = self.document[start:stop]
+        seen = document.new_full((stop - start, self.near), -2)
+        for columns, own, others in self.neighbours(start, stop):
+            seen[own, columns] = self.document[others]
+        return document[:, :, None] != seen[:, None]
+
+    def mask(self, logits, start, stop) -> None:
+        """Hides columns of ``logits`` ``(blocks, repeats, block_size, columns)`` and adds the far bias, in place."""
+        near, far = logits[..., : self.near], logits[..., self.near :]
+        if self.document is not None:
+            near.masked_fill_(self.hidden(start, stop)[:, None], -torch.inf)
+        if self.causal:
+            near.masked_fill_(self.future, -torch.inf) if not self.finite else near.add_(self.future_bias)
+        # The first and last block of a row have no left and no right neighbour.
+        for edge, offset in ((0, -1), (self.row_blocks - 1, 1)):
+            of_part = (edge - start) % self.row_blocks
+            if offset in self.offsets and of_part < stop - start:
+                columns = near.unflatten(-1, (-1, self.block_size))[..., self.offsets.index(offset), :]
+                columns[of_part :: self.row_blocks].fill_(-torch.inf)
+        if self.columns > self.near:
+            bias = self.far_bias[start:stop, :, None]
+            far.add_(bias)
+            if not self.finite:
+                far.masked_fill_(bias == -torch.inf, -torch.inf)
+
+    def weights(self, q, keys, start, stop, out, capped=None) -> torch.Tensor:
+        """Attention weights ``(blocks, rows, columns)``; ``capped`` keeps tanh of the soft-capped logits."""
+        logits = torch.baddbmm(out[: stop - start], q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=out[: stop - start])
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_()
+            if capped is not None:
+                capped[: stop - start].copy_(logits)
+            logits.mul_(self.softcap)
+        self.mask(logits.unflatten(1, (-1, self.block_size)), start, stop)
+        return torch.softmax(logits, -1, out=logits)
+
+    def dropout(self, start, stop) -> torch.Tensor | None:
+        if self.dropout_p == 0:
+            return None
+        generator = torch.Generator(self.q.device).manual_seed(int(self.seed) + start)
+        return dropout_factors((stop - start, self.rows, self.columns), self.dropout_p, generator, start).to(self.dtype)
+
+    def product(self, weights, values, start, stop, out) -> torch.Tensor:
+        if self.finite:
+            return torch.bmm(weights, values, out=out)
+        # A value that is not finite reaches exactly the queries that see its column.
+        wild = ~torch.isfinite(values)
+        torch.bmm(weights, values.masked_fill(wild, 0), out=out)
+        seen = torch.zeros_like(weights)
+        self.mask(seen.unflatten(1, (-1, self.block_size)), start, stop)
+        reached = torch.bmm((seen > -torch.inf).to(self.dtype), wild.to(self.dtype)) > 0
+        return out.masked_fill_(reached, torch.nan)
+
+
+@torch.library.custom_op("hf_multipole::block_attention", mutates_args=())
+def block_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    far_k: torch.Tensor,
+    far_v: torch.Tensor,
+    far_index: torch.Tensor,
+    far_bias: torch.Tensor,
+    document: torch.Tensor | None,
+    causal: bool,
+    row_blocks: int,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of each block of queries to its neighbouring blocks and to listed summaries, in one softmax.
+
+    q: ``(blocks, repeats * block_size, dim)``, the query heads of one key head stacked; k, v: ``(blocks, block_size, dim)``;
+    ``row_blocks`` consecutive blocks form a row. far_k, far_v: ``(summaries, dim)``; far_index: ``(blocks, columns)`` rows of
+    them; far_bias: ``(blocks, repeats or 1, columns)``, added to their logits, -inf where hidden. document:
+    ``(blocks, block_size)`` or None: tokens of different numbers do not see each other. Returns q's shape with v's dim.
+    """
+    work = _Work(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+    out = q.new_empty(work.blocks, work.rows, v.shape[-1])
+    keys, values, logits, result = work.buffers(
+        (work.columns, work.dim), (work.columns, v.shape[-1]), (work.rows, work.columns), out.shape[1:]
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        for start, stop in work.parts():
+            gathered = work.gather(k, far_k, start, stop, keys)
+            weights = work.weights(q[start:stop].to(work.dtype), gathered, start, stop, logits)
+            factors = work.dropout(start, stop)
+            if factors is not None:
+                weights = weights.mul_(factors)
+            gathered = work.gather(v, far_v, start, stop, values)
+            out[start:stop] = work.product(weights, gathered, start, stop, result[: stop - start])
+    return out
+
+
+@torch.library.custom_op("hf_multipole::block_attention_backward", mutates_args=())
+def block_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    far_k: torch.Tensor,
+    far_v: torch.Tensor,
+    far_index: torch.Tensor,
+    far_bias: torch.Tensor,
+    document: torch.Tensor | None,
+    causal: bool,
+    row_blocks: int,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    work = _Work(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+    # Contributions of neighbouring blocks meet in one token: accumulate them in the compute dtype.
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v, grad_far_k, grad_far_v = (torch.zeros_like(x, dtype=work.dtype) for x in (k, v, far_k, far_v))
+    grad_bias = torch.zeros_like(far_bias)
+    weighting = (work.rows, work.columns)
+    keys, values, logits, inner, capped, result = work.buffers(
+        (work.columns, work.dim), (work.columns, v.shape[-1]), weighting, weighting, weighting if softcap else (0,), q.shape[1:]
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        for start, stop in work.parts():
+            size = stop - start
+            queries, upper = q[start:stop].to(work.dtype), grad[start:stop].to(work.dtype)
+            gathered_k = work.gather(k, far_k, start, stop, keys)
+            gathered_v = work.gather(v, far_v, start, stop, values)
+            weights = work.weights(queries, gathered_k, start, stop, logits, capped if softcap else None)
+            slope = torch.bmm(upper, gathered_v.transpose(1, 2), out=inner[:size])
+            factors = work.dropout(start, stop)
+            if factors is not None:
+                slope.mul_(factors)
+                torch.bmm((weights * factors).transpose(1, 2), upper, out=gathered_v)
+            else:
+                torch.bmm(weights.transpose(1, 2), upper, out=gathered_v)
+            work.scatter(gathered_v, start, stop, grad_v, grad_far_v)
+            # The softmax's gradient: weights * (slope - sum(weights * slope)).
+            torch.ops.aten._softmax_backward_data.out(slope, weights, -1, work.dtype, grad_input=slope)
+            if work.columns > work.near:
+                by_head = slope[..., work.near :].unflatten(1, (-1, work.block_size)).sum(2)
+                grad_bias[start:stop] = by_head if far_bias.shape[1] > 1 else by_head.sum(1, keepdim=True)
+            if softcap is not None:
+                slope.mul_(1 - capped[:size].square())
+            out = result[:size]
+            grad_q[start:stop] = torch.baddbmm(out, slope, gathered_k, beta=0, alpha=scale, out=out)
+            torch.baddbmm(gathered_k, slope.transpose(1, 2), queries, beta=0, alpha=scale, out=gathered_k)
+            work.scatter(gathered_k, start, stop, grad_k, grad_far_k)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_far_k.to(far_k.dtype), grad_far_v.to(far_v.dtype), grad_bias
+
+
+def block_weights(*arguments) -> torch.Tensor:
+    """Attention weights ``(blocks, rows, columns)`` of ``block_attention``'s arguments, without dropout."""
+    work = _Work(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+    out = work.q.new_empty(work.blocks, work.rows, work.columns, dtype=work.dtype)
+    (keys,) = work.buffers((work.columns, work.dim))
+    for start, stop in work.parts():
+        gathered = work.gather(work.k, work.far_k, start, stop, keys)
+        work.weights(work.q[start:stop].to(work.dtype), gathered, start, stop, out[start:stop])
+    return out
+
+
+@block_attention.register_fake
+def _(q, k, v, *_):
+    return q.new_empty(*q.shape[:2], v.shape[-1])
+
+
+@block_attention_backward.register_fake
+def _(grad, q, k, v, far_k, far_v, far_index, far_bias, *_):
+    return tuple(torch.empty_like(x) for x in (q, k, v, far_k, far_v, far_bias))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+    ctx.plain = [None if isinstance(x, torch.Tensor) else (x,) for x in inputs]
+
+
+def _backward(ctx, grad):
+    tensors = iter(ctx.saved_tensors)
+    inputs = [next(tensors) if x is None else x[0] for x in ctx.plain]
+    *grads, grad_bias = block_attention_backward(grad.contiguous(), *inputs)
+    # far_index, between them, and everything after the bias have no gradient.
+    return *grads, None, grad_bias, *[None] * (len(inputs) - 7)
+
+
+block_attention.register_autograd(_backward, setup_context=_save)
