@@ -1,0 +1,349 @@
+"""Times attention methods side by side: forward, forward + backward and extra peak memory against n.
+
+    python scripts/benchmark.py --output runs/benchmark
+    python scripts/benchmark.py --lengths 1024 4096 --methods sdpa multipole-hierarchical --repeats 3
+
+Methods take turns, one call of each a round, so that they share whatever else the machine does. Times are medians ± half the
+interquartile range. "x sdpa": how many times faster than causal scaled_dot_product_attention in the same run. "x floor": the time
+over that of the multiply-adds alone (2 products forward, 6 in all, of the queries with the columns given to them) at the rate of a
+large matrix product in the same rounds. "CPU": processor over wall time; under the number of threads, the machine was busy.
+Memory is what a forward and backward needs above inputs, weights and incoming gradient: outputs, gradients and all between. On the
+CPU (Linux) a fresh process compares its resident set before with the highest since; on CUDA it is max_memory_allocated.
+Multipole methods and "near", the near field alone, are first checked against hf_multipole.reference, values and gradients; if one
+is wrong, nothing is timed. h-transformer-1d and local-attention (window 128) run where installed (extra "peers"), less projections.
+What would take more than --max-seconds-per-method at a length is left out; sdpa is then scaled by n^2, marked ~.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from hf_multipole.modeling.hierarchy import level_count, near_offsets
+from hf_multipole.modeling.multipole_attention import multipole_attention
+from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
+from hf_multipole.reference import multipole_attention_reference
+
+MULTIPOLE = ("multipole-mean", "multipole-direct", "multipole-hierarchical", "multipole-bidirectional")
+PEERS = {"h-transformer-1d": "h_transformer_1d", "local-attention": "local_attention"}
+METHODS = ("sdpa", "near", *MULTIPOLE, *PEERS)
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
+PASSES = {"forward": 1, "both": 3}  # and their products, in forward passes
+
+
+def near_attention(q, k, v, block_size):
+    """Causal attention to the own and the previous block: scaled_dot_product_attention on windows."""
+    heads, n = q.shape[1:3]
+    q, k, v = (F.pad(x, (0, 0, 0, -n % block_size)).unflatten(2, (-1, block_size)).flatten(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1], is_causal=True)
+    if q.shape[1] > 1:
+        mask = torch.ones(block_size, 2 * block_size, dtype=torch.bool, device=q.device).tril(block_size)
+        k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2) for x in (k, v))
+        out = torch.cat([out, F.scaled_dot_product_attention(q[:, 1:], k, v, attn_mask=mask)], 1)
+    return out.unflatten(0, (-1, heads)).flatten(2, 3)[:, :, :n]
+
+
+def make_inputs(o, n, heads, kv_heads):
+    """Random q, k, v, and the gradient of the output."""
+    torch.manual_seed(0)
+    sizes, kind = (heads, kv_heads, kv_heads, heads), {"device": o.device, "dtype": o.torch_dtype}
+    q, k, v, upstream = (torch.randn(o.batch, size, n, o.head_dim, **kind) for size in sizes)
+    return [x.requires_grad_() for x in (q, k, v)], upstream
+
+
+def multipole_options(o, method, n, kv_heads):
+    """Keyword arguments of multipole_attention, which the reference takes as well, and the summaries' weights."""
+    learned = (kv_heads, o.head_dim)
+    kinds = {"near": (MeanSummary,), "multipole-mean": (MeanSummary,), "multipole-direct": (DirectSummary, *learned, n)}
+    kind, *sizes = kinds.get(method, (HierarchicalSummary, *learned))
+    key, value = (kind(o.block_size, o.rank, *sizes).to(o.device, o.torch_dtype) for _ in range(2))
+    options = {"block_size": o.block_size, "rank": o.rank, "key_summary": key, "value_summary": value}
+    return options | {"causal": method != "multipole-bidirectional"}, [*key.parameters(), *value.parameters()]
+
+
+def build(o, method, inputs):
+    """The method as a function without arguments, and the tensors whose gradients it gives."""
+    q, k, v = inputs
+    heads, kv_heads, n = o.heads, o.kv_heads, q.shape[2]
+    if method in MULTIPOLE:
+        options, weights = multipole_options(o, method, n, kv_heads)
+        return lambda: multipole_attention(q, k, v, **options), [*inputs, *weights]
+    if method == "sdpa":
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads), inputs
+    # The others know no groups of heads.
+    q, k, v = inputs = [x.detach().repeat_interleave(heads // x.shape[1], 1).requires_grad_() for x in inputs]
+    if method == "near":
+        return lambda: near_attention(q, k, v, o.block_size), inputs
+    if method == "local-attention":
+        local = importlib.import_module("local_attention").LocalAttention(128, causal=True, autopad=True, use_rotary_pos_emb=False)
+        return lambda: local(q, k, v), inputs
+    peer = importlib.import_module("h_transformer_1d.h_transformer_1d").CausalHAttention1D
+    peer = peer(1, max_seq_len=1 << (n - 1).bit_length(), heads=heads, dim_head=o.head_dim, block_size=o.block_size).to(o.device)
+    peer.to_qkv = peer.to_out = torch.nn.Identity()
+    x = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2).detach().requires_grad_()
+    return lambda: peer(x).unflatten(2, (heads, -1)).transpose(1, 2), [x]
+
+
+def run(call, leaves, upstream, backward):
+    if backward:
+        return torch.autograd.grad(call(), leaves, upstream, allow_unused=True)  # short rows have fewer levels than weights
+    with torch.no_grad():
+        return call()
+
+
+def verify(o, method):
+    """Largest relative difference from the definition on a small shape: values, and gradients of inputs and weights."""
+    host = argparse.Namespace(**vars(o) | {"batch": 1, "device": "cpu"})
+    inputs, upstream = make_inputs(host, 5 * o.block_size + 3, 1 if method == "near" or o.heads == o.kv_heads else 2, 1)
+    options, weights = multipole_options(host, method, inputs[0].shape[2], 1)
+    for weight in weights:
+        weight.data += 0.3 * weight.abs().mean() * torch.randn_like(weight)
+    options |= {"far_bias": torch.full((1, 1), -torch.inf)} if method == "near" else {}
+    expected = multipole_attention_reference(*inputs, **options)
+    wanted = [expected, *torch.autograd.grad(expected, [*inputs, *weights], upstream.double())]
+    for summary in (options["key_summary"], options["value_summary"]):
+        summary.to(o.device)
+    inputs = [x.detach().to(o.device).requires_grad_() for x in inputs]
+    out = near_attention(*inputs, o.block_size) if method == "near" else multipole_attention(*inputs, **options)
+    got = [out, *torch.autograd.grad(out, [*inputs, *weights], upstream.to(o.device))]
+    return torch.stack([(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(got, wanted)]).max().item()
+
+
+def timed(device, work, *arguments):
+    """Wall and processor seconds of one call; on CUDA the device's time, by events."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work(*arguments)
+    if cuda:
+        stop.record()
+        torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return start.elapsed_time(stop) / 1e3 if cuda else wall, cpu
+
+
+def peak_memory(o, method, n):
+    """Extra bytes of one forward and backward in this process, which must be a fresh one."""
+    cuda = torch.device(o.device).type == "cuda"
+
+    def held(field):
+        if cuda:
+            return torch.cuda.memory_allocated(o.device) if field == "VmRSS" else torch.cuda.max_memory_allocated(o.device)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[field].split()[0]) * 1024
+
+    for length in (4 * o.block_size, n):  # the short one loads libraries and starts threads
+        inputs, upstream = make_inputs(o, length, o.heads, o.kv_heads)
+        call, leaves = build(o, method, inputs)
+        torch.cuda.reset_peak_memory_stats(o.device) if cuda else Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = held("VmRSS")
+        run(call, leaves, upstream, True)
+        extra = held("VmHWM") - before
+    return extra
+
+
+def memory_in_new_process(arguments, method, n):
+    done = subprocess.run([sys.executable, __file__, *arguments, "--memory-of", method, str(n)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return int(done.stdout.split()[-1])
+    tqdm.write(f"{method} at {n}: no memory figure: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
+
+
+def forward_flops(o, method, n):
+    """Of the two products of all queries with the columns given to them."""
+    sides = 2 if method == "multipole-bidirectional" else 1
+    near = o.block_size * len(near_offsets(math.ceil(n / o.block_size), sides == 1))
+    far = 2 * sides * o.rank * level_count(n, o.block_size) if method in MULTIPOLE else 0
+    return o.batch * o.heads * n * 4 * o.head_dim * ((n + 1) / 2 if method == "sdpa" else min(n, near + far))
+
+
+def measure(o, n, earlier, bar):
+    """Adds all methods at one length, in turns, to the earlier results; returns the rate of the matrix product meanwhile."""
+    inputs, upstream = make_inputs(o, n, o.heads, o.kv_heads)
+    results, calls, rounds, gemm = {}, {}, {}, []
+    for method in o.methods:
+        bar.set_postfix_str(f"n = {n}, first call of {method}")
+        result = results[method] = {"method": method, "n": n, "note": ""}
+        before = [r for r in earlier if r["method"] == method and "samples" in r][-1:]
+        growth = (n / before[0]["n"]) ** (2 if method == "sdpa" else 1) if before else 0
+        guess = {name: r[name]["median"] * growth for r in before for name in PASSES}
+        if 2 * sum(guess.values()) > o.max_seconds_per_method:  # the first call and one round
+            result["note"] = "left out, too slow"
+            if method == "sdpa":
+                result |= {name: {"median": x} for name, x in guess.items()} | {"note": f"scaled by n^2 from {before[0]['n']:,}"}
+            continue
+        try:
+            calls[method] = build(o, method, inputs)
+            spent = sum(timed(o.device, run, *calls[method], upstream, name == "both")[0] for name in PASSES)
+        except (RuntimeError, MemoryError, AssertionError) as error:
+            calls.pop(method, None)
+            result["note"] = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+            continue
+        rounds[method] = max(1, min(o.repeats, int(o.max_seconds_per_method / spent) - 1))
+        result["samples"] = {name: [] for name in PASSES}
+    bar.update(1)
+
+    matrix = torch.randn(1024, 1024, device=o.device, dtype=o.torch_dtype)
+    for i in range(o.repeats):
+        gemm.append(timed(o.device, torch.mm, matrix, matrix)[0])
+        for method in (method for method in calls if i < rounds[method]):
+            bar.set_postfix_str(f"n = {n}, {method}")
+            for name, samples in results[method]["samples"].items():
+                samples.append(timed(o.device, run, *calls[method], upstream, name == "both"))
+        bar.update(1)
+    rate = 2 * len(matrix) ** 3 / sorted(gemm)[len(gemm) // 2]
+    for method, result in results.items():
+        for name, samples in result.get("samples", {}).items():
+            wall, cpu = torch.tensor(samples, dtype=torch.float64).unbind(1)
+            low, median, high = wall.quantile(wall.new_tensor([0.25, 0.5, 0.75])).tolist()
+            result[name] = {"median": median, "spread": (high - low) / 2, "cpu": (cpu.sum() / wall.sum()).item()}
+        for name in PASSES:
+            if name in result and method not in PEERS:
+                result[name]["floor"] = forward_flops(o, method, n) * PASSES[name] / rate
+            if name in result and name in results.get("sdpa", {}):
+                result[name]["speedup"] = results["sdpa"][name]["median"] / result[name]["median"]
+    earlier += results.values()
+    return rate
+
+
+def table(results, rates):
+    """The results in Markdown."""
+    lines = ["| n | method | forward, ms | x sdpa | x floor | forward + backward, ms | x sdpa | x floor | CPU | extra memory, MB |"]
+    lines.append("|---:|---|" + "---:|" * 8)
+    for r in results:
+        cells = [f"{r['n']:,}", r["method"]]
+        for name in PASSES:
+            x = r.get(name, {})
+            text = f"{'' if 'spread' in x else '~'}{x['median'] * 1e3:,.1f}" if x else "-"
+            text += f" ±{x['spread'] / x['median']:.0%}" if "spread" in x else ""
+            cells += [text, f"{x['speedup']:.3g}" if "speedup" in x else "", f"{x['median'] / x['floor']:.3g}" if "floor" in x else ""]
+        cells.append(f"{r['both']['cpu']:.2f}" if "samples" in r else "")
+        cells.append(f"{r['memory'] / 1e6:,.0f}" if r.get("memory") is not None else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"- {r['method']} at {r['n']:,}: {r['note']}" for r in results if r["note"]]
+    notes.append(f"- matrix product: {', '.join(f'{rate / 1e9:.0f} Gflop/s at {n:,}' for n, rate in rates.items())}")
+    return "\n".join([*lines, "", *notes])
+
+
+def draw(o, results, path):
+    """Time and memory against n."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(13, 5.2))
+    left, right = picture.subplots(1, 2)
+    time_of, memory_of = lambda r: r.get("both", {}).get("median"), lambda r: (r.get("memory") or 0) / 1e6
+    for axes, value, title, ends in (left, time_of, "forward + backward, seconds", []), (right, memory_of, "extra memory, MB", []):
+        for i, method in enumerate(o.methods):
+            points = [(r["n"], value(r), "samples" in r) for r in results if r["method"] == method and value(r)]
+            if points:
+                style = {"color": f"C{i}", "linewidth": 2.6 if method == "multipole-hierarchical" else 1.4, "markersize": 4}
+                axes.plot(*zip(*(point[:2] for point in points)), "o--", mfc="white", **style)
+                axes.plot(*zip(*(point[:2] for point in points if point[2])), "o-", **style)
+                ends.append((points[-1][1], points[-1][0], method + ("" if points[-1][2] else " (dashed: scaled)"), f"C{i}"))
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=title, xticks=o.lengths, xticklabels=[f"{n:,}" for n in o.lengths])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        # A label beside the end of each line, pushed up where it would cover the one below.
+        (low, high), place = map(math.log, axes.get_ylim()), -math.inf
+        for y, n, label, color in sorted(ends):
+            place = max((math.log(y) - low) / (high - low), place + 0.048)
+            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6}
+            axes.annotate(label, (n, y), (1.04, place), "data", "axes fraction", leader, False, color=color, va="center", fontsize=9)
+    picture.suptitle(f"{o.heads} heads of {o.head_dim}, block size {o.block_size}, rank {o.rank}, {o.dtype}, {o.device}")
+    picture.tight_layout()
+    picture.savefig(path, dpi=130)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description="Times attention methods side by side.", allow_abbrev=False)
+    sizes = {"batch": 1, "heads": 8, "head-dim": 64, "block-size": 64, "rank": 4, "repeats": 7, "threads": torch.get_num_threads()}
+    for name, default in (sizes | {"max-seconds-per-method": 60.0}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that are installed")
+    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    o = parser.parse_args(arguments)
+    o.kv_heads = o.heads if o.kv_heads is None else o.kv_heads
+    o.lengths = sorted(set(o.lengths))
+    o.torch_dtype = getattr(torch, o.dtype)
+    installed = [method for method in METHODS if method not in PEERS or find_spec(PEERS[method])]
+    o.methods = [method for method in METHODS if method in (o.methods or installed)]
+    numbers = {"lengths": o.lengths[0]} | {name: x for name, x in vars(o).items() if type(x) in (int, float)}
+    faults = [f"--{name.replace('_', '-')} {x} must be positive" for name, x in numbers.items() if not x > 0]
+    faults += [f"--methods {m} is not installed; pip install -e '.[peers]'" for m in o.methods if m not in installed]
+    for large, small in () if faults else (("heads", "kv_heads"), ("block_size", "rank")):
+        if getattr(o, large) % getattr(o, small):
+            faults.append(f"--{small.replace('_', '-')} {getattr(o, small)} must divide --{large.replace('_', '-')} {getattr(o, large)}")
+    if o.output.exists() and not o.output.is_dir():
+        faults.append(f"--output {o.output} is a file; name a folder")
+    try:
+        torch.empty(1, device=o.device)
+    except (RuntimeError, AssertionError) as error:
+        faults.append(f"--device {o.device} cannot be used: {str(error).splitlines()[0]}")
+    if faults:
+        sys.exit("\n".join(faults))
+    return o
+
+
+def machine(o):
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")] or [platform.processor()]
+    gpu = torch.cuda.get_device_name(o.device) if torch.device(o.device).type == "cuda" else None
+    versions = {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+    return {"processor": names[0], "cores": os.cpu_count(), "gpu": gpu, "load": os.getloadavg()} | versions
+
+
+def main(arguments):
+    o = parse(arguments)
+    torch.set_num_threads(o.threads)
+    if o.memory_of:  # a process of its own, below
+        return print(peak_memory(o, o.memory_of[0], int(o.memory_of[1])))
+    o.output.mkdir(parents=True, exist_ok=True)
+    for method in (method for method in o.methods if method in ("near", *MULTIPOLE)):
+        error = verify(o, method)
+        print(f"{method} differs from its definition by {error:.1e}", flush=True)
+        if not error <= TOLERANCE[o.dtype]:
+            sys.exit(f"{method} is wrong: nothing is timed")
+
+    results, rates = [], {}
+    with tqdm(total=len(o.lengths) * (o.repeats + 1 + (not o.no_memory) * len(o.methods)), mininterval=1) as bar:
+        for n in o.lengths:
+            rates[n] = measure(o, n, results, bar)
+        for result in [] if o.no_memory else results:
+            method, n = result["method"], result["n"]
+            bar.set_postfix_str(f"n = {n}, memory of {method}")
+            result["memory"] = memory_in_new_process(arguments, method, n) if "samples" in result else None
+            bar.update(1)
+    print(text := table(results, rates))
+    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, float, str, list))}
+    record = {"command": command, "machine": machine(o), "options": options, "gemm_flops_per_second": rates, "results": results}
+    (o.output / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
+    (o.output / "benchmark.md").write_text(f"    {command}\n\n{text}\n")
+    if find_spec("matplotlib"):
+        draw(o, results, o.output / "benchmark.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
