@@ -280,7 +280,7 @@ def parse(arguments):
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that are installed")
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
