@@ -65,11 +65,12 @@ def multipole_mask(
 
     Raises ValueError for patterns other than causal and bidirectional, and for padding inside a row.
     """
-    name = getattr(mask_function, "__name__", str(mask_function))
+    name = getattr(mask_function, "__name__", "a custom pattern")
     if name not in (causal_mask_function.__name__, bidirectional_mask_function.__name__):
         raise ValueError(
             f"attn_implementation='multipole' has causal and bidirectional masks, with padding, but this model asks for {name!r} "
-            "(a sliding window, packed rows or a custom pattern); use attn_implementation='sdpa' for it"
+            "(a sliding window, packed rows or a custom pattern); use attn_implementation='sdpa' for it. Under torch.compile, rows "
+            "without an attention_mask count as packed: pass one"
         )
     causal = name == causal_mask_function.__name__
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
