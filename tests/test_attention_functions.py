@@ -1,0 +1,312 @@
+"""attn_implementation="multipole" on models of Transformers that know nothing of it."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+    StaticCache,
+    T5Config,
+)
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import AttentionInterface
+
+from hf_multipole.modeling import attention_functions
+from hf_multipole.reference import multipole_attention_reference
+
+BLOCK, RANK, N = 8, 2, 75
+SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, pad_token_id=0)
+GROUPED = SIZES | dict(num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+OPTIONS = {"multipole": {"block_size": BLOCK, "rank": RANK}}
+CLOSE = {"atol": 1e-11, "rtol": 1e-9}
+
+DECODERS = {
+    "llama": LlamaConfig(**GROUPED, **OPTIONS),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8, **OPTIONS),
+    "mistral": MistralConfig(**GROUPED, sliding_window=None, **OPTIONS),
+    "phi3": Phi3Config(**GROUPED, **OPTIONS),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, **OPTIONS),
+    "gpt_neox": GPTNeoXConfig(**SIZES, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, **OPTIONS),
+}
+
+
+def build(config, auto_class=AutoModelForCausalLM, implementation="multipole"):
+    torch.manual_seed(0)
+    model = auto_class.from_config(copy.deepcopy(config), attn_implementation=implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.double().eval()
+
+
+def tokens(rows=2, n=N):
+    return torch.randint(3, 50, (rows, n), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def ids():
+    return tokens()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders(name, ids):
+    """Exact on short rows; on long ones every past token has influence and no future one has."""
+    model, sdpa = build(DECODERS[name]), build(DECODERS[name], implementation="sdpa")
+    short = ids[:, : 2 * BLOCK]
+    torch.testing.assert_close(model(short).logits, sdpa(short).logits, **CLOSE)
+    assert (model(ids).logits - sdpa(ids).logits).abs().max() > 1e-4
+
+    embeddings = model.get_input_embeddings()(ids[:1]).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits[0, 50].sum().backward()
+    reached = embeddings.grad[0].abs().sum(-1) > 0
+    assert reached[:51].all() and not reached[51:].any()
+
+
+def test_an_encoder(ids):
+    config = BertConfig(**SIZES, max_position_embeddings=256, **OPTIONS)
+    model, sdpa = (build(config, AutoModelForMaskedLM, implementation) for implementation in ("multipole", "sdpa"))
+    short = ids[:, : 2 * BLOCK]
+    torch.testing.assert_close(model(short).logits, sdpa(short).logits, **CLOSE)
+    embeddings = model.get_input_embeddings()(ids[:1]).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits[0, 50].sum().backward()
+    assert (embeddings.grad[0].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+def test_stock_layers_run_the_definition(monkeypatch, ids, side, direction):
+    if direction == "causal":
+        model = build(DECODERS["llama"])
+    else:
+        model = build(BertConfig(**SIZES, max_position_embeddings=256, **OPTIONS), AutoModelForMaskedLM)
+    calls = []
+
+    def record(module, query, key, value, mask, **kwargs):
+        out = attention_functions.multipole_attention_forward(module, query, key, value, mask, **kwargs)
+        calls.append((query, key, value, kwargs["scaling"], out[0]))
+        return out
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "multipole", record)
+    mask = torch.ones_like(ids)
+    if side:
+        mask[1, slice(11) if side == "left" else slice(-11, None)] = 0
+    model(ids, attention_mask=mask if side else None)
+    assert len(calls) == 2
+    for query, key, value, scale, out in calls:
+        expected = multipole_attention_reference(
+            query, key, value, block_size=BLOCK, rank=RANK, causal=direction == "causal", attention_mask=mask, scale=scale
+        )
+        assert out.is_contiguous()
+        torch.testing.assert_close(out.transpose(1, 2), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_influence(name, side, ids):
+    model = build(DECODERS[name])
+    padding = torch.full((2, 9), 7)
+    padded = torch.cat([padding, ids] if side == "left" else [ids, padding], 1)
+    real = slice(9, None) if side == "left" else slice(N)
+    mask = torch.zeros_like(padded)
+    mask[:, real] = 1
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    got = model(padded, attention_mask=mask, position_ids=position_ids).logits[:, real]
+    torch.testing.assert_close(got, model(ids).logits, **CLOSE)
+    # The mask is heard: without it, padding has influence in a row that has it before its tokens.
+    if side == "left":
+        assert (model(padded, position_ids=position_ids, use_cache=True).logits[:, real] - got).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generation(name):
+    """Cached steps are the full forward pass, also in a batch of unequal rows."""
+    model = build(DECODERS[name])
+    prompt = tokens(n=30)
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    out = model.generate(prompt, **options)
+    torch.testing.assert_close(out[:, 30:], model(out).logits[:, 29:-1].argmax(-1))
+    torch.testing.assert_close(
+        model.generate(prompt, num_beams=3, **options), model.generate(prompt, num_beams=3, use_cache=False, **options)
+    )
+
+    short, mask = prompt.clone(), torch.ones_like(prompt)
+    short[1, :13], mask[1, :13] = 0, 0
+    batch = model.generate(short, attention_mask=mask, **options)
+    torch.testing.assert_close(batch[0], out[0])
+    torch.testing.assert_close(batch[1, 30:], model.generate(prompt[1:, 13:], **options)[0, 17:])
+
+
+def test_attention_weights(ids):
+    model = build(DECODERS["llama"])
+    for weights in model(ids, output_attentions=True).attentions:
+        assert weights.shape == (2, 4, N, N + RANK * (10 + 5 + 3))
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert not model(ids).attentions
+
+
+def test_training(ids):
+    """Gradient checkpointing and torch.compile change nothing."""
+    results = []
+    for variant in ("plain", "checkpointing", "compile"):
+        model = build(DECODERS["llama"]).train()
+        if variant == "checkpointing":
+            model.activation_checkpointing_enable()
+        torch._dynamo.reset()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if variant == "compile" else model
+        # With a mask: when it compiles a model without one, Transformers expects packed rows, which are refused.
+        loss = run(ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(results[1], results[0], **CLOSE)
+    torch.testing.assert_close(results[2], results[0], **CLOSE)
+
+
+def test_options_have_an_effect(ids):
+    outputs = []
+    for options in ({}, {"block_size": 8}, {"block_size": 8, "rank": 2}, {"block_size": 8, "rank": 2, "size_weighting": False}):
+        outputs.append(build(LlamaConfig(**GROUPED, multipole=options))(ids).logits)
+    # Without options: blocks of 64, in which 75 tokens are few.
+    torch.testing.assert_close(outputs[0], build(LlamaConfig(**GROUPED), implementation="sdpa")(ids).logits, **CLOSE)
+    for i, first in enumerate(outputs):
+        for second in outputs[i + 1 :]:
+            assert (first - second).abs().max() > 1e-5
+
+
+def test_softcap_and_scale():
+    """Features that only some models ask for, through the attention function itself."""
+    module = torch.nn.Module()
+    module.config = DECODERS["llama"]
+    q, k, v = (torch.randn(1, heads, N, 8, dtype=torch.float64) * 3 for heads in (4, 2, 2))
+    mask = attention_functions.multipole_mask(batch_size=1, q_length=N, kv_length=N, config=module.config)
+    out, weights = attention_functions.multipole_attention_forward(module, q, k, v, mask, scaling=0.7, softcap=2.0)
+    expected = multipole_attention_reference(q, k, v, block_size=BLOCK, rank=RANK, scale=0.7, softcap=2.0)
+    torch.testing.assert_close(out.transpose(1, 2), expected, **CLOSE)
+    assert weights is None
+
+
+SMALL = dict(vocab_size=50, d_model=32, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+T5 = T5Config(**SMALL, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+BART = BartConfig(
+    **SMALL,
+    bos_token_id=1,
+    **{f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in [("layers", 1), ("attention_heads", 4), ("ffn_dim", 32)]},
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MistralConfig(**GROUPED, sliding_window=16), "sliding window.*use attn_implementation='sdpa'"),
+        (Qwen3Config(**GROUPED, use_sliding_window=True, sliding_window=16, max_window_layers=1), "sliding window.*'sdpa'"),
+        (Gemma2Config(**GROUPED, head_dim=8, sliding_window=16), "sliding window.*'sdpa'"),
+        (GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True), "cross-attention.*'sdpa'"),
+        (LlamaConfig(**GROUPED, multipole={"block_siz": 8}), "config.multipole has 'block_siz'.*'block_size', 'rank'"),
+        (LlamaConfig(**GROUPED, multipole={"block_size": 8, "rank": 3}), "rank 3 does not divide block_size 8"),
+    ],
+    ids=["mistral", "qwen3", "gemma2", "gpt2", "option", "rank"],
+)
+def test_refused_decoders(ids, config, message):
+    with pytest.raises(ValueError, match=message):
+        build(config)(ids)
+
+
+@pytest.mark.parametrize(("config", "message"), [(T5, "cross-attention.*'sdpa'"), (BART, "cross-attention.*'sdpa'")], ids=["t5", "bart"])
+def test_refused_encoder_decoders(ids, config, message):
+    model = build(config, AutoModelForSeq2SeqLM)
+    for decoder_ids in (ids, ids[:, :20]):
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=ids, decoder_input_ids=decoder_ids)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"position_ids": torch.cat([torch.arange(30), torch.arange(45)])[None]}, "packed rows.*'sdpa'"),
+        ({"cu_seq_lens_q": torch.tensor([0, 30, N])}, "packed rows.*cu_seq_lens_q.*its own row"),
+        ({"attention_mask": torch.ones(2, 1, N, N)}, r"a mask of shape \(2, 1, 75, 75\)"),
+        ({"position_bias": torch.zeros(1, 4, N, N)}, "position_bias.*'eager' or 'sdpa'"),
+        ({"sliding_window": 16}, "sliding_window.*'sdpa'"),
+        ({"s_aux": torch.zeros(4)}, "s_aux.*'eager' or 'sdpa'"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_refused_inputs(ids, inputs, message):
+    model = build(DECODERS["llama"])
+    with pytest.raises(ValueError, match=message):
+        model(ids, use_cache=False, **inputs)
+
+
+def test_is_causal_is_honoured(ids):
+    """Transformers' switch for bidirectional decoders: as an argument, or in the configuration."""
+    model = build(DECODERS["llama"])
+    other = build(LlamaConfig(**GROUPED, **OPTIONS, is_causal=False))
+    both = model(ids, is_causal=False, use_cache=False).logits
+    torch.testing.assert_close(both, other(ids, use_cache=False).logits, **CLOSE)
+    changed = ids.clone()
+    changed[:, -1] = (ids[:, -1] + 1) % 50
+    assert (other(changed, use_cache=False).logits - both)[:, 0].abs().max() > 1e-6
+    module = torch.nn.Module()
+    module.config = model.config
+    mask = attention_functions.multipole_mask(1, N, N, config=module.config)
+    with pytest.raises(ValueError, match="is_causal=False contradicts the mask"):
+        attention_functions.multipole_attention_forward(module, *(torch.randn(1, 2, N, 8) for _ in range(3)), mask, is_causal=False)
+
+
+def test_a_mask_with_a_hole(ids):
+    mask = torch.ones_like(ids)
+    mask[0, 20] = 0
+    with pytest.raises(ValueError, match="attention_mask has a hole in row 0"):
+        build(DECODERS["llama"])(ids, attention_mask=mask)
+
+
+def test_static_caches_are_refused(ids):
+    """Their keys are longer than the tokens so far, and the queries are not the last of them."""
+    model = build(DECODERS["llama"])
+    for mask in (None, torch.ones_like(ids)):
+        with pytest.raises(ValueError, match="static caches"):
+            model(ids, attention_mask=mask, past_key_values=StaticCache(config=model.config, max_cache_len=128))
+    with pytest.raises(ValueError, match="static caches"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_foreign_mask_is_refused():
+    module = torch.nn.Module()
+    module.config = DECODERS["llama"]
+    q, k, v = (torch.randn(1, heads, N, 8) for heads in (4, 2, 2))
+    for mask in (None, torch.zeros(1, 1, N, N)):
+        with pytest.raises(ValueError, match="needs the mask that its own mask function makes"):
+            attention_functions.multipole_attention_forward(module, q, k, v, mask)
+    with pytest.raises(ValueError, match="asks for 'window'"):
+
+        def window(*args):
+            return True
+
+        attention_functions.multipole_mask(batch_size=1, q_length=N, kv_length=N, mask_function=window)
+    mask = attention_functions.multipole_mask(1, N, N, mask_function=causal_mask_function, config=module.config)
+    with pytest.raises(ValueError, match="the mask is for 75 keys, but there are 60"):
+        attention_functions.multipole_attention_forward(module, q, k[:, :, :60], v[:, :, :60], mask)
+
+
+def test_registering_again_changes_nothing():
+    before = AttentionInterface()["multipole"], AttentionMaskInterface()["multipole"]
+    assert before == (attention_functions.multipole_attention_forward, attention_functions.multipole_mask)
+    attention_functions.register()
+    # A second copy of the file, as a checkpoint may bring one: its registration is the last statement.
+    spec = importlib.util.spec_from_file_location("hf_multipole.modeling.a_copy", attention_functions.__file__)
+    second = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(second)
+    assert second.multipole_mask is not attention_functions.multipole_mask
+    assert (AttentionInterface()["multipole"], AttentionMaskInterface()["multipole"]) == before
