@@ -33,6 +33,17 @@ def standard_library(root: str | Path | None = None) -> tuple[list[str], list[st
     return splits
 
 
+def first_files(texts: Sequence[str], size: int) -> list[str]:
+    """As many of the first texts as hold ``size`` bytes, or all."""
+    out, total = [], 0
+    for text in texts:
+        if total >= size:
+            break
+        out.append(text)
+        total += len(text.encode("utf-8"))
+    return out
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[np.ndarray]:
     """Token ids of each text with the end-of-text token, ``(tokens,)`` int32."""
     for text in texts:
