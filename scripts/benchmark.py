@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from hf_multipole.modeling.hierarchy import level_count, near_offsets
 from hf_multipole.modeling.multipole_attention import multipole_attention
+from hf_multipole.modeling.multipole_torch import block_attention
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 from hf_multipole.reference import multipole_attention_reference
 
@@ -44,15 +45,14 @@ PASSES = {"forward": 1, "both": 3}  # and their products, in forward passes
 
 
 def near_attention(q, k, v, block_size):
-    """Causal attention to the own and the previous block: scaled_dot_product_attention on windows."""
-    heads, n = q.shape[1:3]
-    q, k, v = (F.pad(x, (0, 0, 0, -n % block_size)).unflatten(2, (-1, block_size)).flatten(0, 1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1], is_causal=True)
-    if q.shape[1] > 1:
-        mask = torch.ones(block_size, 2 * block_size, dtype=torch.bool, device=q.device).tril(block_size)
-        k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2) for x in (k, v))
-        out = torch.cat([out, F.scaled_dot_product_attention(q[:, 1:], k, v, attn_mask=mask)], 1)
-    return out.unflatten(0, (-1, heads)).flatten(2, 3)[:, :, :n]
+    """Causal attention to the own and the previous block: the operator of multipole attention, without far columns."""
+    (batch, heads, n, dim), kv_heads = q.shape, k.shape[1]
+    q, k, v = (F.pad(x, (0, 0, 0, -n % block_size)).unflatten(2, (-1, block_size)) for x in (q, k, v))
+    rows = q.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(-1, heads // kv_heads * block_size, dim)
+    far, listed, bias = q.new_zeros(0, dim), rows.new_zeros(len(rows), 0).long(), rows.new_zeros(len(rows), 1, 0)
+    tokens = (x.reshape(-1, block_size, dim) for x in (k, v))
+    out = block_attention(rows, *tokens, far, far, listed, bias, None, True, q.shape[2], dim**-0.5, None, 0.0, None)
+    return out.view(batch, kv_heads, q.shape[2], -1, block_size, dim).transpose(2, 3).reshape(batch, heads, -1, dim)[:, :, :n]
 
 
 def make_inputs(o, n, heads, kv_heads):
@@ -82,10 +82,10 @@ def build(o, method, inputs):
         return lambda: multipole_attention(q, k, v, **options), [*inputs, *weights]
     if method == "sdpa":
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads), inputs
-    # The others know no groups of heads.
-    q, k, v = inputs = [x.detach().repeat_interleave(heads // x.shape[1], 1).requires_grad_() for x in inputs]
     if method == "near":
         return lambda: near_attention(q, k, v, o.block_size), inputs
+    # The others know no groups of heads.
+    q, k, v = inputs = [x.detach().repeat_interleave(heads // x.shape[1], 1).requires_grad_() for x in inputs]
     if method == "local-attention":
         local = importlib.import_module("local_attention").LocalAttention(128, causal=True, autopad=True, use_rotary_pos_emb=False)
         return lambda: local(q, k, v), inputs
@@ -106,11 +106,11 @@ def run(call, leaves, upstream, backward):
 def verify(o, method):
     """Largest relative difference from the definition on a small shape: values, and gradients of inputs and weights."""
     host = argparse.Namespace(**vars(o) | {"batch": 1, "device": "cpu"})
-    inputs, upstream = make_inputs(host, 5 * o.block_size + 3, 1 if method == "near" or o.heads == o.kv_heads else 2, 1)
+    inputs, upstream = make_inputs(host, 5 * o.block_size + 3, 1 if o.heads == o.kv_heads else 2, 1)
     options, weights = multipole_options(host, method, inputs[0].shape[2], 1)
     for weight in weights:
         weight.data += 0.3 * weight.abs().mean() * torch.randn_like(weight)
-    options |= {"far_bias": torch.full((1, 1), -torch.inf)} if method == "near" else {}
+    options |= {"far_bias": torch.full((inputs[0].shape[1], 1), -torch.inf)} if method == "near" else {}
     expected = multipole_attention_reference(*inputs, **options)
     wanted = [expected, *torch.autograd.grad(expected, [*inputs, *weights], upstream.double())]
     for summary in (options["key_summary"], options["value_summary"]):
@@ -264,7 +264,7 @@ def draw(o, results, path):
         (low, high), place = map(math.log, axes.get_ylim()), -math.inf
         for y, n, label, color in sorted(ends):
             place = max((math.log(y) - low) / (high - low), place + 0.048)
-            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6}
+            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
             axes.annotate(label, (n, y), (1.04, place), "data", "axes fraction", leader, False, color=color, va="center", fontsize=9)
     picture.suptitle(f"{o.heads} heads of {o.head_dim}, block size {o.block_size}, rank {o.rank}, {o.dtype}, {o.device}")
     picture.tight_layout()
