@@ -309,15 +309,17 @@ def test_rotated_summaries_are_the_definitions(spy, causal, left):
     calls = spy("multipole")
     output = model(ids, attention_mask=mask, position_ids=position_ids, output_attentions=True)
 
-    def rotate_summary(key, first, width):
-        segment = torch.arange(width, dtype=torch.float64).view(RANK, -1).mean(1) + first + 40
-        half = key.shape[-1] // 2
-        angles = torch.outer(segment, 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half))
-        left, right = key.chunk(2, -1)
+    def rotate(x, position):
+        half = x.shape[-1] // 2
+        angles = position.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        left, right = x.chunk(2, -1)
         return torch.cat([left * angles.cos() - right * angles.sin(), right * angles.cos() + left * angles.sin()], -1)
 
+    def rotate_summary(key, first, width):
+        return rotate(key, torch.arange(width).double().view(RANK, -1).mean(1) + first + 40)
+
     for call, weights in zip(calls, output.attentions):
-        assert call[4]["far_keys"] is not None
+        torch.testing.assert_close(rotate(call[4]["far_keys"], position_ids[0]), call[2], **SHIFTED)
         out, expected = reference_of(call, causal, attention_mask=mask, rotate_summary=rotate_summary)
         torch.testing.assert_close(weights[:, :, left:, : n + left], expected[:, :, left:, : n + left], **SHIFTED)
         far = weights[..., n + left :]
@@ -631,7 +633,7 @@ def test_cached_decoding_is_the_full_forward(layer_types, rotate_summaries, left
     mask[1, :left] = 0  # rows with and without padding in one batch
     inputs = {"attention_mask": mask, "position_ids": positions(mask)} if left else {}
     with torch.no_grad():
-        full = model(ids, **inputs).logits
+        full = model(ids, use_cache=False, **inputs).logits
         cache, done, logits = None, 0, []
         for chunk in chunks:
             part = slice(done, done + chunk)
@@ -647,7 +649,7 @@ def test_cached_decoding_is_the_full_forward(layer_types, rotate_summaries, left
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_cached_decoding_of_exact_implementations(ids, implementation):
     model = build(rotate_summaries=True, attn_implementation=implementation)
-    full = model(ids).logits
+    full = model(ids, use_cache=False).logits
     output = model(ids[:, :40], use_cache=True)
     rest = model(ids[:, 40:], past_key_values=output.past_key_values).logits
     torch.testing.assert_close(torch.cat([output.logits, rest], 1), full, **CLOSE)
