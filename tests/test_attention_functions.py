@@ -163,7 +163,7 @@ def test_training(ids):
     for variant in ("plain", "checkpointing", "compile"):
         model = build(DECODERS["llama"]).train()
         if variant == "checkpointing":
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch._dynamo.reset()
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if variant == "compile" else model
         # With a mask: when it compiles a model without one, Transformers expects packed rows, which are refused.

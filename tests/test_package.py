@@ -231,8 +231,6 @@ for model in (remote, local, remote):
 """
 
 
-# Not strict: the first copy's operators then point to freed memory, which may happen to be whole.
-@pytest.mark.xfail(reason="two copies of the code define the same torch operators, and the second definition frees the first's")
 @pytest.mark.parametrize("script", [ALONE, CHECKPOINT_FIRST, PACKAGE_FIRST], ids=["alone", "checkpoint first", "package first"])
 def test_checkpoint_code(checkpoint, tmp_path, script):
     run(COMMON + script, checkpoint, Path(hf_multipole.__file__).parents[1], cwd=tmp_path)

@@ -94,11 +94,11 @@ class _RotatedSummary:
     """Summaries of keys that have no position yet, rotated at the centres of their segments."""
 
     def __init__(self, summary, centres: list[tuple[torch.Tensor, torch.Tensor]]):
-        self.summary, self.centres, self.counts = summary, centres, summary.counts
+        self.summary, self.centres = summary, centres
 
-    def __call__(self, tokens, validity, levels):
-        summaries = self.summary(tokens, validity, levels)
-        return [rotate(x, cos.to(x.dtype), sin.to(x.dtype)) for x, (cos, sin) in zip(summaries, self.centres)]
+    def __call__(self, tokens, validity, levels, everything):
+        tokens, summaries, counts = self.summary(tokens, validity, levels, everything)
+        return tokens, [rotate(x, cos.to(x.dtype), sin.to(x.dtype)) for x, (cos, sin) in zip(summaries, self.centres)], counts
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -228,10 +228,9 @@ class MultipolePreTrainedModel(PreTrainedModel):
         if isinstance(module, HierarchicalSummary):
             for weight in (module.tokens, module.merge):
                 init.copy_(weight, module.start(weight))
-        elif isinstance(module, nn.ParameterList):
-            # Of a DirectSummary, which Transformers passes over: it has no parameters of its own.
-            for weight in module:
-                init.copy_(weight, DirectSummary.start(weight))
+        elif isinstance(module, DirectSummary):
+            for weight in module.levels:
+                init.copy_(weight, module.start(weight))
         elif isinstance(module, MultipoleAttention) and getattr(module, "far_bias", None) is not None:
             init.constant_(module.far_bias, self.config.far_bias_init)
 

@@ -50,11 +50,10 @@ def _far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_he
     return row, bias
 
 
-def _with_tokens(summary, tokens, validity, levels):
-    """The tokens for further use, and their summaries ``(batch, heads, summaries, dim)``, all levels side by side."""
-    shared = getattr(summary, "with_tokens", None)
-    tokens, summaries = (tokens, summary(tokens, validity, levels)) if shared is None else shared(tokens, validity, levels)
-    return tokens, torch.cat([level.flatten(2, 3) for level in summaries], 2)
+def _summarise(summary, tokens, validity, levels):
+    """The tokens for further use, and, all levels side by side, their summaries ``(batch, heads, summaries, dim)`` and counts."""
+    tokens, summaries, counts = summary(tokens, validity, levels, everything=True)
+    return tokens, *(x if x is None else torch.cat([level.flatten(2, 3) for level in x], 2) for x in (summaries, counts))
 
 
 def aligned_attention(
@@ -114,13 +113,10 @@ def aligned_attention(
         elif not causal and n % (block_size << (levels - 1)):
             validity = (torch.arange(slots, device=q.device) < n)[None]
         if far_keys is None:
-            k, far_k = _with_tokens(key_summary or means, k, validity, levels)
+            k, far_k, counts = _summarise(key_summary or means, k, validity, levels)
         else:
-            far_k = _with_tokens(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels)[1]
-        v, far_v = _with_tokens(value_summary or means, v, validity, levels)
-        if validity is not None:
-            counts = getattr(key_summary, "counts", means.counts)(validity, levels, dim, dtype)
-            counts = torch.cat([level.flatten(2, 3) for level in counts], 2)
+            _, far_k, counts = _summarise(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels)
+        v, far_v, _ = _summarise(value_summary or means, v, validity, levels)
     row, bias = _far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
 
     grid = (batch, kv_heads, blocks)

@@ -13,6 +13,9 @@ import torch
 from .hierarchy import near_offsets
 from .summaries import compute_dtype
 
+# Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
+_NAMESPACE = __name__.replace(".", "_")
+
 # Logits computed at once: 1 MiB of float32 a CPU thread, which stays in its cache; on other devices, enough to fill them.
 _LOGITS_PER_THREAD = 2**18
 _LOGITS_ON_DEVICE = 2**26
@@ -161,7 +164,7 @@ class _Work:
         return out.masked_fill_(reached, torch.nan)
 
 
-@torch.library.custom_op("hf_multipole::block_attention", mutates_args=())
+@torch.library.custom_op(_NAMESPACE + "::block_attention", mutates_args=())
 def block_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -202,7 +205,7 @@ def block_attention(
     return out
 
 
-@torch.library.custom_op("hf_multipole::block_attention_backward", mutates_args=())
+@torch.library.custom_op(_NAMESPACE + "::block_attention_backward", mutates_args=())
 def block_attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,

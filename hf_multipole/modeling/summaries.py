@@ -16,6 +16,9 @@ from torch import nn
 
 from .hierarchy import level_count
 
+# Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
+_NAMESPACE = __name__.replace(".", "_")
+
 
 def _phases(width: int) -> int:
     # Tokens handled in one vectorised step; eight keep the accumulator within the cache and the inner loop long.
@@ -27,7 +30,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("hf_multipole::depthwise_map", mutates_args=())
+@torch.library.custom_op(_NAMESPACE + "::depthwise_map", mutates_args=())
 def depthwise_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``out[b, h, g, r, c] = sum_t weight[h, r, t, c] * x[b, h, g, t, c]``, reading x once.
 
@@ -44,7 +47,7 @@ def depthwise_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return total.view(batch, heads, groups, rank, u, dim).sum(4)
 
 
-@torch.library.custom_op("hf_multipole::depthwise_map_backward_", mutates_args=("grad_x",))
+@torch.library.custom_op(_NAMESPACE + "::depthwise_map_backward_", mutates_args=("grad_x",))
 def depthwise_map_backward_(grad_x: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Adds the gradient of x to ``grad_x`` (x's shape) and returns the weight's; ``grad`` is the summaries'."""
     batch, heads, groups, width, dim = x.shape
@@ -162,23 +165,27 @@ class MeanSummary(nn.Module):
     def _mass_shape(self, dim: int) -> tuple[int, int]:
         return 1, 1
 
+    def _counts(self, masses: list[torch.Tensor]) -> list[torch.Tensor]:
+        segment = self.block_size // self.rank
+        return [mass.mean(-1) * (segment << level) for level, mass in enumerate(masses)]
+
     def counts(self, validity: torch.Tensor, levels: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Tokens that each summary stands for, ``(batch, heads or 1, groups, rank)`` a level."""
-        segment = self.block_size // self.rank
-        return [mass.mean(-1) * (segment << level) for level, mass in enumerate(self.masses(validity, levels, dim, dtype))]
+        return self._counts(self.masses(validity, levels, dim, dtype))
 
-    def with_tokens(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The summaries, and before them the tokens for further use, which makes the backward pass cheaper."""
+    def forward(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int, everything: bool = False):
+        """The summaries. With ``everything``: the tokens for further use, which makes the backward pass cheaper, the summaries,
+        and their counts (None where all groups are full).
+        """
         tokens, summaries = self._maps(tokens, levels, False)
+        counts = None
         if validity is not None:
             masses = self.masses(validity, levels, tokens.shape[-1], compute_dtype(tokens.dtype))
             summaries = [
                 torch.where(mass > 0, summary / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0) for summary, mass in zip(summaries, masses)
             ]
-        return tokens, summaries
-
-    def forward(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int) -> list[torch.Tensor]:
-        return self.with_tokens(tokens, validity, levels)[1]
+            counts = self._counts(masses)
+        return (tokens, summaries, counts) if everything else summaries
 
 
 class _LearnedSummary(MeanSummary):
@@ -233,10 +240,15 @@ class DirectSummary(_LearnedSummary):
     def __init__(self, block_size: int, rank: int, heads: int, dim: int, max_length: int):
         super().__init__(block_size, rank, heads, dim)
         self.max_length = max_length
-        self.levels = nn.ParameterList(
-            torch.empty(heads, rank, block_size << level, dim) for level in range(level_count(max_length, block_size))
-        )
+        # Parameters of the module itself: what loads weights when a module runs (offloading) does not see those of a list.
+        for level in range(level_count(max_length, block_size)):
+            self.register_parameter(f"level_{level + 1}", nn.Parameter(torch.empty(heads, rank, block_size << level, dim)))
         self.reset_parameters()
+
+    @property
+    def levels(self) -> list[nn.Parameter]:
+        """Weights of each level, ``(heads, rank, width, dim)``."""
+        return [getattr(self, f"level_{level + 1}") for level in range(level_count(self.max_length, self.block_size))]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, max_length={self.max_length}"
