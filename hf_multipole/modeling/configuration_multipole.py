@@ -64,7 +64,7 @@ class MultipoleConfig(PreTrainedConfig):
     rank: int = 4
     summary: str = "hierarchical"
     size_weighting: bool = True
-    far_bias_init: float | int | None = -6.0
+    far_bias_init: float | int | None = -10.0
     rotate_summaries: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
