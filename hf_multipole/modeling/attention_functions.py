@@ -1,11 +1,12 @@
 """Multipole attention as an attention implementation of Transformers: the attention function and its mask function."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
+from .cache_multipole import NewTokens
 from .hierarchy import Alignment, align_rows, block_of, check_rows
 from .multipole_attention import aligned_attention, check_sizes
 
@@ -18,19 +19,82 @@ _UNSUPPORTED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class MultipoleMask:
-    """What the mask function hands to every layer: the direction, and where padded or packed tokens lie."""
+    """What the mask function hands to every layer: the direction, and where padded or packed tokens lie.
+
+    What is worked out of it is worked out once a forward, when the first layer asks for it.
+    """
 
     causal: bool
+    batch: int
+    queries: int  # new tokens in a row
     length: int  # tokens in a row of keys
-    alignment: Alignment | None = None
-    packed: bool = False  # the alignment keeps documents of one row apart
+    block_size: int
+    attention_mask: torch.Tensor | None = None  # (batch, length) bool; None where there is no padding
+    segment_ids: torch.Tensor | None = None  # (batch, length): documents of packed rows
+    position_ids: torch.Tensor | None = None  # (batch or 1, queries)
 
     def to(self, *args, **kwargs) -> "MultipoleMask":
-        if self.alignment is None:
-            return self
-        return replace(self, alignment=Alignment(*(x.to(*args, **kwargs) for x in self.alignment)))
+        given = {name: getattr(self, name) for name in ("attention_mask", "segment_ids", "position_ids")}
+        moved = replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items() if x is not None})
+        if self._alignment is not None:
+            moved._alignment = Alignment(*(x.to(*args, **kwargs) for x in self._alignment))
+        return moved
+
+    _alignment: Alignment | None = field(default=None, init=False, repr=False)
+    _new_tokens: list[NewTokens] | None = field(default=None, init=False, repr=False)
+    _past_checked: bool = field(default=False, init=False, repr=False)
+
+    @property
+    def alignment(self) -> Alignment | None:
+        if self._alignment is None and not (self.attention_mask is None and self.segment_ids is None):
+            if not torch.compiler.is_compiling():
+                check_rows(self.attention_mask, self.segment_ids)
+            self._alignment = align_rows(self.attention_mask, self.segment_ids, block_of(self.length, self.block_size))
+        return self._alignment
+
+    @property
+    def new_tokens(self) -> list[NewTokens]:
+        """What each row brings to a generation state."""
+        if self._new_tokens is None:
+            self._new_tokens = self._find_new_tokens()
+        return self._new_tokens
+
+    def _find_new_tokens(self) -> list[NewTokens]:
+        if self.attention_mask is not None:
+            new = self.attention_mask[:, -self.queries :]
+            check_rows(new, None)
+            count = new.sum(1)
+            start = new.int().argmax(1)
+        else:
+            start = torch.zeros(self.batch, dtype=torch.long)
+            count = torch.full_like(start, self.queries)
+        if self.position_ids is None:
+            return [NewTokens(*row) for row in torch.stack([start, count], 1).tolist()]
+        position = self.position_ids.expand(self.batch, -1).gather(1, start.to(self.position_ids.device)[:, None])[:, 0]
+        return [NewTokens(*row) for row in torch.stack([start.to(position.device), count.to(position.device), position], 1).tolist()]
+
+    def check_past(self, lengths: list[int], closed: list[bool]) -> None:
+        """Raises ValueError where the mask contradicts a state that has seen ``lengths`` real tokens; a few columns are looked at,
+        so that the cost of a step does not grow with the length.
+        """
+        past = self.length - self.queries
+        padding = [0 if shut else past - length for length, shut in zip(lengths, closed)]
+        if past == 0 or self._past_checked:
+            return
+        if self.attention_mask is None:
+            wrong = [i for i, length in enumerate(lengths) if length != past]
+        else:
+            columns = torch.tensor([[max(pad - 1, 0), min(pad, past - 1)] for pad in padding], device=self.attention_mask.device)
+            found = self.attention_mask.gather(1, columns).tolist()
+            wrong = [i for i, pad in enumerate(padding) if found[i] != [pad == 0 and lengths[i] > 0, lengths[i] > 0]]
+        if wrong:
+            raise ValueError(
+                f"attention_mask contradicts the cache: row {wrong[0]} began with {padding[wrong[0]]} padding tokens when it was "
+                "filled; pass the mask of all tokens so far"
+            )
+        self._past_checked = True
 
 
 def attention_options(config) -> dict:
@@ -56,12 +120,14 @@ def multipole_mask(
     mask_function=causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     config=None,
     **kwargs,
 ) -> MultipoleMask:
     """Mask function of "multipole" for Transformers' mask interface.
 
-    attention_mask: ``(batch, n)`` padding; segment_ids: ``(batch, n)`` for packed rows, from our own models.
+    attention_mask: ``(batch, n)`` padding; from our own models, segment_ids ``(batch, n)`` of packed rows and position_ids
+    ``(batch or 1, queries)``.
 
     Raises ValueError for patterns other than causal and bidirectional, and for padding inside a row.
     """
@@ -85,14 +151,11 @@ def multipole_mask(
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         if attention_mask.shape[1] != kv_length:
             raise ValueError(f"attention_mask has {attention_mask.shape[1]} tokens, but there are {kv_length} keys")
-        if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        # Not in a step of generation, whose cost must not grow with the length.
+        if q_length == kv_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
-    if attention_mask is None and segment_ids is None:
-        return MultipoleMask(causal, kv_length)
-    if not torch.compiler.is_compiling():
-        check_rows(attention_mask, segment_ids)
-    block_size = block_of(kv_length, attention_options(config)["block_size"])
-    return MultipoleMask(causal, kv_length, align_rows(attention_mask, segment_ids, block_size), segment_ids is not None)
+    block_size = attention_options(config)["block_size"]
+    return MultipoleMask(causal, batch_size, q_length, kv_length, block_size, attention_mask, segment_ids, position_ids)
 
 
 def multipole_attention_forward(
@@ -107,11 +170,13 @@ def multipole_attention_forward(
     far_keys: torch.Tensor | None = None,
     key_summary=None,
     output_attentions: bool | None = False,
+    rotary=None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function of "multipole": see :func:`multipole_attention`; learned parts are attributes of ``module``.
 
-    query: ``(batch, heads, queries, head_dim)``, key and value ``(batch, kv_heads, n, head_dim)``.
+    query: ``(batch, heads, queries, head_dim)``, key and value ``(batch, kv_heads, n, head_dim)``; or, with a generation state,
+    key is the cache layer's PastTokens and value holds the new tokens.
     Returns the output ``(batch, queries, heads, head_dim)`` and, if asked for, the weights of tokens and summaries.
     """
     for name, remedy in _UNSUPPORTED.items():
@@ -123,38 +188,52 @@ def multipole_attention_forward(
             f"attn_implementation='multipole' needs the mask that its own mask function makes, but the model passed {got}; "
             "masks over pairs of tokens are not supported, and models that make their own masks need 'sdpa'"
         )
-    if attention_mask.length != key.shape[2]:
+    past = getattr(key, "layer", None)
+    length = key.shape[2] if past is None else past.get_seq_length() + query.shape[2]
+    if attention_mask.length != length:
         raise ValueError(
-            f"the mask is for {attention_mask.length} keys, but there are {key.shape[2]}: "
+            f"the mask is for {attention_mask.length} keys, but there are {length}: "
             "cross-attention and static caches are not supported by attn_implementation='multipole'"
         )
     if kwargs.get("is_causal") not in (None, attention_mask.causal) and query.shape[2] > 1:
         raise ValueError(
             f"is_causal={kwargs['is_causal']} contradicts the mask that the model made; set is_causal in the configuration instead"
         )
-    if kwargs.get("cu_seq_lens_q") is not None and not attention_mask.packed:
+    if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
         raise ValueError(
             "attn_implementation='multipole' supports packed rows (cu_seq_lens_q) in the multipole models only; "
             "give each document its own row, or use 'flash_attention_2'"
         )
+    tokens = key if past is None else key.new
     if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    out, weights = aligned_attention(
-        query,
-        key,
-        value,
-        attention_mask.alignment,
-        **attention_options(module.config),
-        key_summary=getattr(module, "key_summary", None) if key_summary is None else key_summary,
-        value_summary=getattr(module, "value_summary", None),
-        far_keys=far_keys,
-        causal=attention_mask.causal,
-        far_bias=getattr(module, "far_bias", None),
-        softcap=softcap,
-        scale=scaling,
-        dropout_p=dropout,
-        return_weights=bool(output_attentions),
-    )
+        query, tokens, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, tokens, value))
+    options = attention_options(module.config) | {
+        "key_summary": getattr(module, "key_summary", None) if key_summary is None else key_summary,
+        "value_summary": getattr(module, "value_summary", None),
+        "far_bias": getattr(module, "far_bias", None),
+        "softcap": softcap,
+        "scale": scaling,
+    }
+    if past is None:
+        out, weights = aligned_attention(
+            query,
+            tokens,
+            value,
+            attention_mask.alignment,
+            far_keys=far_keys,
+            causal=attention_mask.causal,
+            dropout_p=dropout,
+            return_weights=bool(output_attentions),
+            **options,
+        )
+    else:
+        if dropout:
+            raise ValueError("a generation state has no dropout: call model.eval(), or pass use_cache=False in training")
+        if past.state is not None:
+            attention_mask.check_past(past.state.lengths, past.state.closed)
+        max_length = module.config.max_position_embeddings
+        out = past.attend(query, tokens, value, attention_mask.new_tokens, max_length=max_length, rotary=rotary, **options)
+        weights = None
     return out.transpose(1, 2).contiguous(), weights
 
 

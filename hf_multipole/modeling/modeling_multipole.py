@@ -1,6 +1,7 @@
 """The multipole transformer: one block, one backbone, four heads. Causal or bidirectional by its configuration."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_functions import MultipoleMask
-from .cache_multipole import MultipoleLayer  # noqa: F401  (its definition registers the layer type)
+from .cache_multipole import keeps_state
 from .configuration_multipole import MultipoleConfig
 from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
@@ -159,6 +160,7 @@ class MultipoleAttention(nn.Module):
         attention_masks: dict[str, object],
         past_key_values: Cache | None = None,
         centres: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        rotary: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         implementation = layer_implementation(self.config, self.layer_type, kwargs.get("output_attentions"))
@@ -168,12 +170,16 @@ class MultipoleAttention(nn.Module):
         query, plain, key = rotate(query, cos, sin), key, rotate(key, cos, sin)
 
         unrotated = implementation == "multipole" and self.config.rotate_summaries
+        state = implementation == "multipole" and keeps_state(past_key_values, self.layer_idx, kwargs.get("output_attentions"))
         if past_key_values is not None:
             # Keys without positions are kept beside the rotated ones where summaries are made of them.
-            key, value = past_key_values.update(torch.cat([key, plain], -1) if unrotated else key, value, self.layer_idx)
-            if unrotated:
+            key = torch.cat([key, plain], -1) if unrotated else key
+            key, value = past_key_values.update(key, value, self.layer_idx, **({"state": True} if state else {}))
+            if unrotated and not state:
                 key, plain = key.chunk(2, -1)
-        if unrotated:
+        if unrotated and state:
+            kwargs["rotary"] = rotary
+        elif unrotated:
             kwargs["far_keys"] = plain
             kwargs["key_summary"] = _RotatedSummary(self.key_summary, centres)
 
@@ -293,10 +299,14 @@ class MultipoleModel(MultipolePreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(inputs_embeds, attention_mask, segment_ids, past)
         kinds = {layer_implementation(self.config, kind, output_attentions) for kind in self.config.layer_types}
-        masks = {kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, past_key_values, past + queries) for kind in kinds}
+        masks = {
+            kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, past + queries)
+            for kind in kinds
+        }
         centres = None
         if "multipole" in kinds and self.config.rotate_summaries:
-            centres = self._centres(inputs_embeds, position_ids, masks["multipole"])
+            if not keeps_state(past_key_values, self.config.layer_types.index("multipole_attention"), output_attentions):
+                centres = self._centres(inputs_embeds, position_ids, masks["multipole"])
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -307,6 +317,7 @@ class MultipoleModel(MultipolePreTrainedModel):
                 attention_masks=masks,
                 past_key_values=past_key_values,
                 centres=centres,
+                rotary=self._rotate_at,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
@@ -336,7 +347,10 @@ class MultipoleModel(MultipolePreTrainedModel):
             return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:].to(tokens.device)
         return tokens
 
-    def _mask(self, implementation, inputs_embeds, attention_mask, segment_ids, past_key_values, length):
+    def _rotate_at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return rotate(x, *self.rotary_emb(x, positions))
+
+    def _mask(self, implementation, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length):
         """The mask of one attention function; Transformers' own for the exact ones."""
         batch, queries = inputs_embeds.shape[:2]
         causal = self.config.is_causal
@@ -349,6 +363,7 @@ class MultipoleModel(MultipolePreTrainedModel):
                 mask_function=causal_mask_function if causal else bidirectional_mask_function,
                 attention_mask=attention_mask,
                 segment_ids=segment_ids,
+                position_ids=position_ids,
                 config=self.config,
             )
         config = copy.copy(self.config)

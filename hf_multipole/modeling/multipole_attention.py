@@ -27,7 +27,7 @@ def _from_grid(grid: torch.Tensor, alignment: Alignment, n: int) -> torch.Tensor
     return out.masked_fill(~alignment.valid[:, None, -n:, None], 0)
 
 
-def _far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype):
+def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype):
     """Row of every listed summary ``(blocks, columns)`` and what is added to its logit, -inf where it is not seen
     ``(batch or 1, kv_heads or 1, blocks, repeats or 1, columns)``.
     """
@@ -117,22 +117,47 @@ def aligned_attention(
         else:
             _, far_k, counts = _summarise(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels)
         v, far_v, _ = _summarise(value_summary or means, v, validity, levels)
-    row, bias = _far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
+    row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
 
-    grid = (batch, kv_heads, blocks)
     document = None
     if alignment is not None:
         document = alignment.document.view(batch, 1, blocks, block_size)
     elif not causal and slots != n:
         document = -(torch.arange(slots, device=q.device) >= n).long().view(1, 1, -1, block_size)[:, :, first:]
+    k, v = (x[:, :, first * block_size :] for x in (k, v))
+    arguments = block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p)
+
+    def to_tokens(x):
+        x = _from_blocks(x, batch, kv_heads, repeats, block_size)
+        return x[:, :, before : before + queries] if alignment is None else _from_grid(x, alignment, queries)
+
+    out = block_attention(*arguments)
+    if not return_weights:
+        return to_tokens(out), None
+    near, far = _dense_weights(block_weights(*arguments), row, blocks, first, slots, far_k.shape[2], block_size, causal)
+    near, far = to_tokens(near), to_tokens(far)
+    if alignment is not None:
+        near = near.gather(3, alignment.slot[:, None, None].expand(*near.shape[:3], n)) * alignment.valid[:, None, None]
+    return to_tokens(out), torch.cat([near[..., :n], far], -1)
+
+
+def block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p=0.0) -> tuple:
+    """Arguments of the operator on blocks for queries and keys ``(batch, heads, slots, dim)``, whole blocks of the same tokens.
+
+    far_k, far_v: ``(batch, kv_heads, summaries, dim)``; row and bias as from ``far_field``; document: ``(batch or 1, 1, blocks,
+    block_size)``.
+    """
+    batch, kv_heads, slots, dim = k.shape
+    blocks, repeats = slots // block_size, q.shape[1] // kv_heads
+    grid = (batch, kv_heads, blocks)
     start = torch.arange(batch * kv_heads, device=q.device).view(batch, kv_heads, 1, 1) * far_k.shape[2]
     if repeats > 1:
         # The query heads of one key head are stacked in a block, so that keys are not repeated.
         q = q.reshape(batch, kv_heads, repeats, blocks, block_size, dim).transpose(2, 3)
-    arguments = (
+    return (
         q.reshape(-1, repeats * block_size, dim),
-        k[:, :, first * block_size :].reshape(-1, block_size, dim),
-        v[:, :, first * block_size :].reshape(-1, block_size, v.shape[-1]),
+        k.reshape(-1, block_size, dim),
+        v.reshape(-1, block_size, v.shape[-1]),
         far_k.reshape(-1, dim),
         far_v.reshape(-1, v.shape[-1]),
         (row + start).flatten(0, 2),
@@ -145,19 +170,20 @@ def aligned_attention(
         dropout_p,
         torch.randint(2**62, ()) if dropout_p else None,
     )
-    out = block_attention(*arguments)
 
-    def to_tokens(x):
-        x = x.reshape(*grid, repeats, block_size, -1).transpose(2, 3).reshape(batch, heads, blocks * block_size, -1)
-        return x[:, :, before : before + queries] if alignment is None else _from_grid(x, alignment, queries)
 
-    if not return_weights:
-        return to_tokens(out), None
-    near, far = _dense_weights(block_weights(*arguments), row, blocks, first, slots, far_k.shape[2], block_size, causal)
-    near, far = to_tokens(near), to_tokens(far)
-    if alignment is not None:
-        near = near.gather(3, alignment.slot[:, None, None].expand(*near.shape[:3], n)) * alignment.valid[:, None, None]
-    return to_tokens(out), torch.cat([near[..., :n], far], -1)
+def _from_blocks(x: torch.Tensor, batch: int, kv_heads: int, repeats: int, block_size: int) -> torch.Tensor:
+    """``(blocks of all rows, repeats * block_size, dim)`` to ``(batch, heads, slots, dim)``."""
+    blocks = x.shape[0] // (batch * kv_heads)
+    x = x.reshape(batch, kv_heads, blocks, repeats, block_size, x.shape[-1]).transpose(2, 3)
+    return x.reshape(batch, kv_heads * repeats, blocks * block_size, x.shape[-1])
+
+
+def attend_blocks(*arguments) -> torch.Tensor:
+    """The operator on blocks for :func:`block_arguments`' arguments; ``(batch, heads, slots, value_dim)``."""
+    q, k, block_size = arguments[0], arguments[1], arguments[8]
+    out = block_attention(*block_arguments(*arguments))
+    return _from_blocks(out, k.shape[0], k.shape[1], q.shape[1] // k.shape[1], block_size)
 
 
 def _dense_weights(weights, row, blocks, first, slots, summaries, block_size, causal):

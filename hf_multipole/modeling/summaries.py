@@ -10,6 +10,7 @@ Groups that are not full are divided by their mass, the share of their absolute 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -137,6 +138,13 @@ def _mean_weight(rank: int, width: int, **like) -> torch.Tensor:
     return (segment == torch.arange(rank, device=like.get("device"))[:, None]).to(**like) * (rank / width)
 
 
+class Past(NamedTuple):
+    """What came before the tokens, when a row is summarised piece by piece."""
+
+    block: int  # number of blocks before
+    held: list[torch.Tensor]  # what the open groups hold: finished children, a level; of direct summaries: sums, a level
+
+
 class MeanSummary(nn.Module):
     """Segment means: no parameters, any length."""
 
@@ -147,14 +155,33 @@ class MeanSummary(nn.Module):
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, rank={self.rank}"
 
+    def _first(self, tokens: torch.Tensor, absolute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens, and their summaries of level 1."""
+        tokens, means = _map(tokens, self.block_size // self.rank, None)
+        return tokens, _groups(means, self.rank)
+
+    def _merge(self, children: torch.Tensor, absolute: bool) -> torch.Tensor:
+        """Summaries ``(batch, heads, groups, 2 * rank, dim)`` of pairs of groups to those of their parents."""
+        return children.unflatten(3, (self.rank, 2)).mean(4)
+
     def _maps(self, tokens: torch.Tensor, levels: int, absolute: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The tokens, and the linear maps of all levels, not yet divided by the mass; of ``absolute`` shares: the masses."""
-        tokens, means = _map(tokens, self.block_size // self.rank, None)
-        out = [_groups(means, self.rank)]
+        tokens, summaries = self._first(tokens, absolute)
+        out = [summaries]
         for _ in range(1, levels):
-            means = _groups(means, 2).mean(3)
-            out.append(_groups(means, self.rank))
+            out.append(self._merge(_groups(out[-1].flatten(2, 3), 2 * self.rank), absolute))
         return tokens, out
+
+    def _extend(self, tokens: torch.Tensor, levels: int, past: Past) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The groups of each level that ``tokens``, whole blocks, finish, and what the open groups hold then."""
+        new = self._first(tokens, False)[1]
+        out = [new]
+        for held in past.held[: levels - 1]:
+            children = torch.cat([held.to(new.dtype), new], 2)
+            pairs = children[:, :, : children.shape[2] // 2 * 2]
+            new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), False)
+            out.append(new)
+        return out, []
 
     def masses(self, validity: torch.Tensor, levels: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Mass of every summary, ``(batch, heads or 1, groups, rank, dim or 1)`` a level, from 0 (no valid token) to 1."""
@@ -173,10 +200,12 @@ class MeanSummary(nn.Module):
         """Tokens that each summary stands for, ``(batch, heads or 1, groups, rank)`` a level."""
         return self._counts(self.masses(validity, levels, dim, dtype))
 
-    def forward(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int, everything: bool = False):
+    def forward(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int, everything: bool = False, past: Past | None = None):
         """The summaries. With ``everything``: the tokens for further use, which makes the backward pass cheaper, the summaries,
-        and their counts (None where all groups are full).
+        and their counts (None where all groups are full). With ``past``: the summaries of the groups that these tokens finish.
         """
+        if past is not None:
+            return self._extend(tokens, levels, past)
         tokens, summaries = self._maps(tokens, levels, False)
         counts = None
         if validity is not None:
@@ -222,14 +251,12 @@ class HierarchicalSummary(_LearnedSummary):
         self.tokens.copy_(self.start(self.tokens))
         self.merge.copy_(self.start(self.merge))
 
-    def _maps(self, tokens, levels, absolute):
-        first, merge = (_share(self.tokens), _share(self.merge)) if absolute else (self.tokens, self.merge)
-        tokens, summaries = _map(tokens, self.block_size, first)
-        out = [summaries]
-        for _ in range(1, levels):
-            children = _groups(out[-1].flatten(2, 3), 2 * self.rank)
-            out.append((children[:, :, :, None] * merge[:, None]).sum(4))
-        return tokens, out
+    def _first(self, tokens, absolute):
+        return _map(tokens, self.block_size, _share(self.tokens) if absolute else self.tokens)
+
+    def _merge(self, children, absolute):
+        weight = _share(self.merge) if absolute else self.merge
+        return (children[:, :, :, None] * weight[:, None]).sum(4)
 
 
 class DirectSummary(_LearnedSummary):
@@ -258,14 +285,41 @@ class DirectSummary(_LearnedSummary):
         for weight in self.levels:
             weight.copy_(self.start(weight))
 
-    def _maps(self, tokens, levels, absolute):
+    def check_levels(self, levels: int) -> None:
         if levels > len(self.levels):
             raise ValueError(
                 f"direct summaries were built for at most {self.max_length} tokens and have {len(self.levels)} levels, "
                 f"but this row needs {levels}; use summary='hierarchical', which has no such limit"
             )
+
+    def _maps(self, tokens, levels, absolute):
+        self.check_levels(levels)
         out = []
         for weight in self.levels[:levels]:
             tokens, summaries = _map(tokens, weight.shape[2], _share(weight) if absolute else weight)
             out.append(summaries)
         return tokens, out
+
+    def _extend(self, tokens, levels, past):
+        out, sums = [], []
+        for level, weight in enumerate(self.levels[:levels]):
+            span, phase = 1 << level, past.block % (1 << level)
+            rest, total, groups = tokens, past.held[level], []
+            # The end of the open group, whole groups, the beginning of the next open one.
+            while rest.shape[2]:
+                blocks = rest.shape[2] // self.block_size
+                if phase == 0 and blocks >= span:
+                    taken = blocks // span * span
+                    groups.append(_map(rest[:, :, : taken * self.block_size], weight.shape[2], weight)[1])
+                else:
+                    taken = min(span - phase, blocks)
+                    own = slice(phase * self.block_size, (phase + taken) * self.block_size)
+                    part = _map(rest[:, :, : taken * self.block_size], taken * self.block_size, weight[:, :, own])[1][:, :, 0]
+                    total = part + total if phase else part
+                    phase = (phase + taken) % span
+                    if phase == 0:
+                        groups.append(total[:, :, None])
+                rest = rest[:, :, taken * self.block_size :]
+            out.append(torch.cat(groups, 2) if groups else tokens.new_zeros(*tokens.shape[:2], 0, self.rank, self.dim))
+            sums.append(total)
+        return out, sums
