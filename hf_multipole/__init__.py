@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .modeling.cache_multipole import MultipoleCache
 from .modeling.configuration_multipole import MultipoleConfig
 from .modeling.modeling_multipole import (
     MultipoleForCausalLM,
@@ -36,6 +37,7 @@ for auto_class, model_class in (
 del auto_class, model_class
 
 __all__ = [
+    "MultipoleCache",
     "MultipoleConfig",
     "MultipoleForCausalLM",
     "MultipoleForMaskedLM",

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, DataCollatorForLanguageModeling, Trainer, set_seed
 
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
@@ -23,7 +24,7 @@ from hf_multipole.training.report import EvaluationCurve, plot_attention, plot_c
 
 
 def prepare():
-    """Arguments, tokenizer, data and model; raises ValueError or OSError, with one clear line, before any work is done."""
+    """Arguments, tokenizer, data and model; its errors are one clear line, before any work is done."""
     model_args, data_args, training_args = parse()
     set_seed(training_args.seed)
     source = model_args.tokenizer_name or model_args.model_name_or_path
@@ -51,8 +52,9 @@ def prepare():
 def main() -> None:
     try:
         data_args, training_args, tokenizer, model, train, held_out, held_out_texts = prepare()
-    except (ValueError, OSError) as error:
-        sys.exit(f"run_clm.py: {error}")
+    except (ValueError, OSError, StrictDataclassError) as error:
+        # A configuration's own error is the cause of the one that its class raises.
+        sys.exit(f"run_clm.py: {error.__cause__ or error}")
     curve = EvaluationCurve()
     trainer = Trainer(
         model=model,

@@ -1,8 +1,4 @@
-"""The multipole models, used the way Transformers' users use models.
-
-The models are tiny and in float64, with random parameters: learned summaries far from the mean, and a far bias that gives the
-far field its weight. 75 tokens in blocks of 8 have three levels of groups, the last group of each ragged.
-"""
+"""The multipole models, used the way Transformers' users use models."""
 
 import contextlib
 import copy
@@ -12,6 +8,21 @@ import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import load_file, save_file
+from tiny_models import (
+    BLOCK,
+    CLOSE,
+    EXACT,
+    HYBRID,
+    RANK,
+    TOKENS,
+    VOCABULARY,
+    build,
+    pad,
+    positions,
+    same_weights,
+    tiny_config,
+    tokens,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -20,14 +31,12 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    DynamicCache,
     PreTrainedTokenizerFast,
     pipeline,
 )
 from transformers.modeling_utils import AttentionInterface
 
 from hf_multipole import (
-    MultipoleConfig,
     MultipoleForCausalLM,
     MultipoleForMaskedLM,
     MultipoleForSequenceClassification,
@@ -38,9 +47,6 @@ from hf_multipole.modeling.modeling_multipole import MultipoleAttention
 from hf_multipole.modeling.summaries import HierarchicalSummary, MeanSummary
 from hf_multipole.reference import multipole_attention_reference
 
-BLOCK, RANK, VOCABULARY, TOKENS = 8, 2, 50, 75
-EXACT = 2 * BLOCK  # up to here, multipole attention is exact attention
-HYBRID = ["multipole_attention", "full_attention", "multipole_attention"]
 AUTO_CLASSES = {
     AutoModel: MultipoleModel,
     AutoModelForCausalLM: MultipoleForCausalLM,
@@ -48,52 +54,8 @@ AUTO_CLASSES = {
     AutoModelForSequenceClassification: MultipoleForSequenceClassification,
     AutoModelForTokenClassification: MultipoleForTokenClassification,
 }
-# Same operations on the same numbers, in another order of summation.
-CLOSE = {"atol": 1e-11, "rtol": 1e-9}
 # Rotary angles are float32, as everywhere in Transformers.
 SHIFTED = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def tiny_config(**options) -> MultipoleConfig:
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    fields = dict(block_size=BLOCK, rank=RANK, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    if "layer_types" in options:
-        sizes["num_hidden_layers"] = len(options["layer_types"])
-    return MultipoleConfig(**sizes | fields | {"far_bias_init": 0.0} | options)
-
-
-def randomise(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return model
-
-
-def build(cls=MultipoleForCausalLM, dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    return randomise(cls(tiny_config(**options))).to(dtype).eval()
-
-
-def same_weights(model, **options):
-    """The same parameters under another configuration."""
-    other = type(model)(tiny_config(**options)).to(model.dtype).eval()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def tokens(rows=2, n=TOKENS, seed=1):
-    return torch.randint(3, VOCABULARY, (rows, n), generator=torch.Generator().manual_seed(seed))
-
-
-def pad(ids, left=0, right=0):
-    """Padded ids and their mask. The padding is a token that the model could mistake for a real one."""
-    mask = torch.ones_like(ids)
-    return torch.nn.functional.pad(ids, (left, right), value=7), torch.nn.functional.pad(mask, (left, right))
-
-
-def positions(mask):
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 @pytest.fixture
@@ -617,112 +579,6 @@ def test_one_document_is_not_packed(ids):
     restart = torch.cat([torch.arange(40), torch.arange(35)])[None]
     masked = model(ids, attention_mask=mask, position_ids=restart).logits
     assert (masked - model(ids, position_ids=restart).logits)[:, 40:].abs().max() > 1e-3
-
-
-# Cache and generation
-
-
-@pytest.mark.parametrize("layer_types", [["multipole_attention"] * 2, HYBRID])
-@pytest.mark.parametrize("rotate_summaries", [True, False])
-@pytest.mark.parametrize("left", [0, 5])
-@pytest.mark.parametrize("chunks", [(40,) + (1,) * 35, (7, 25, 1, 42), (1, 74)])
-def test_cached_decoding_is_the_full_forward(layer_types, rotate_summaries, left, chunks):
-    model = build(layer_types=layer_types, rotate_summaries=rotate_summaries)
-    ids = tokens(rows=3)
-    mask = torch.ones_like(ids)
-    mask[1, :left] = 0  # rows with and without padding in one batch
-    inputs = {"attention_mask": mask, "position_ids": positions(mask)} if left else {}
-    with torch.no_grad():
-        full = model(ids, use_cache=False, **inputs).logits
-        cache, done, logits = None, 0, []
-        for chunk in chunks:
-            part = slice(done, done + chunk)
-            done += chunk
-            inputs = {"attention_mask": mask[:, :done], "position_ids": positions(mask)[:, part]} if left else {}
-            output = model(ids[:, part], past_key_values=cache, use_cache=True, **inputs)
-            cache = output.past_key_values
-            assert cache.get_seq_length() == done
-            logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, 1)[mask.bool()], full[mask.bool()], **CLOSE)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_cached_decoding_of_exact_implementations(ids, implementation):
-    model = build(rotate_summaries=True, attn_implementation=implementation)
-    full = model(ids, use_cache=False).logits
-    output = model(ids[:, :40], use_cache=True)
-    rest = model(ids[:, 40:], past_key_values=output.past_key_values).logits
-    torch.testing.assert_close(torch.cat([output.logits, rest], 1), full, **CLOSE)
-
-
-@pytest.mark.parametrize("options", [{}, {"rotate_summaries": True}, {"layer_types": HYBRID}])
-def test_greedy_generation(options):
-    model = build(**options)
-    prompt = tokens(n=30)
-    out = model.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=-1)
-    assert out.shape == (2, 60)
-    with torch.no_grad():
-        logits = model(out).logits
-        torch.testing.assert_close(out[:, 30:], logits[:, 29:-1].argmax(-1))
-    assert len(out[0, 30:].unique()) > 3  # not a model that says one thing only
-
-    # Rows of unequal length, padded on the left.
-    short = prompt[1:, 13:]
-    ids, mask = (torch.cat(parts) for parts in zip(pad(prompt[:1]), pad(short, left=13)))
-    batch = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, eos_token_id=-1)
-    torch.testing.assert_close(batch[0], out[0])
-    torch.testing.assert_close(batch[1, 30:], model.generate(short, max_new_tokens=30, do_sample=False, eos_token_id=-1)[0, 17:])
-
-
-def test_beam_search():
-    """The score of the best beam is the probability that full forward passes give it: the cache followed its beam."""
-    model = build()
-    prompt = tokens(n=30)
-    options = dict(max_new_tokens=25, do_sample=False, eos_token_id=-1, return_dict_in_generate=True, output_scores=True)
-    out = model.generate(prompt, num_beams=4, length_penalty=0.0, **options)
-    with torch.no_grad():
-        logits = model(out.sequences).logits[:, 29:-1].log_softmax(-1)
-    score = logits.gather(2, out.sequences[:, 30:, None]).sum((1, 2))
-    torch.testing.assert_close(out.sequences_scores.double(), score, atol=1e-4, rtol=1e-5)
-    uncached = model.generate(prompt, num_beams=4, length_penalty=0.0, use_cache=False, **options)
-    torch.testing.assert_close(out.sequences, uncached.sequences)
-
-
-def test_sampling():
-    model = build()
-    prompt = tokens(n=30)
-    outs = []
-    for use_cache in (True, False):
-        torch.manual_seed(2)
-        outs.append(
-            model.generate(prompt, max_new_tokens=25, do_sample=True, top_k=20, temperature=0.9, use_cache=use_cache, eos_token_id=-1)
-        )
-    torch.testing.assert_close(outs[0], outs[1])
-
-
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"prefill_chunk_size": 7}])
-def test_other_ways_of_generating(options):
-    """Speculative decoding crops the cache; the prompt may come in pieces."""
-    model = build()
-    if options.pop("assistant", False):
-        options["assistant_model"] = randomise(copy.deepcopy(model), seed=4)
-    prompt = tokens(rows=1, n=30)
-    plain = model.generate(prompt, max_new_tokens=25, do_sample=False, eos_token_id=-1)
-    torch.testing.assert_close(model.generate(prompt, max_new_tokens=25, do_sample=False, eos_token_id=-1, **options), plain)
-
-
-def test_a_static_cache_is_refused_clearly(ids):
-    with pytest.raises(ValueError, match="no static cache.*leave out"):
-        build().generate(ids, max_new_tokens=2, cache_implementation="static")
-
-
-def test_a_bidirectional_model_has_no_cache(ids):
-    model = build(is_causal=False)
-    assert model(ids, use_cache=True).past_key_values is None
-    with pytest.raises(ValueError, match="past_key_values.*is_causal=False.*use_cache=False"):
-        model(ids, past_key_values=DynamicCache(config=model.config))
-    with pytest.raises(ValueError, match="past_key_values"):
-        model.generate(ids, max_new_tokens=2)
 
 
 def test_a_bidirectional_model_has_no_next_token_loss(ids):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers.dynamic_module_utils import check_imports, get_imports
 
 import hf_multipole
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
+from hf_multipole.training.arguments import parse
 from hf_multipole.training.hub import AUTO_MAP, save_with_code
 
+ROOT = Path(__file__).parent.parent
 MODELING = Path(hf_multipole.__file__).parent / "modeling"
 FILES = sorted(path for path in MODELING.glob("*.py") if path.name != "__init__.py")
 # The files that speak to Transformers. All others are mathematics, and know torch alone.
@@ -41,7 +44,8 @@ def test_modeling_files_can_travel(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and node.module in flat, ast.unparse(node)
     outside = set(get_imports(path)) - set(sys.stdlib_module_names)
-    allowed = {"torch", "transformers", "huggingface_hub"} if path.stem in INTERFACE else {"torch"}
+    # Transformers itself needs huggingface_hub and safetensors.
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors"} if path.stem in INTERFACE else {"torch"}
     assert outside <= allowed
 
 
@@ -241,3 +245,16 @@ def test_the_package_loads_it_without_its_code(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert type(model) is MultipoleForCausalLM
     torch.testing.assert_close(model(ids).logits, logits)
+
+
+def test_the_models_that_the_quickstart_compares():
+    """Its configurations are valid, and of the same size."""
+    text = (ROOT / "scripts" / "quickstart.sh").read_text()
+    overrides = ["{}", *re.findall(r"'(\{.*\})'", text)]
+    assert len(overrides) == 3
+    sizes = []
+    for given in overrides:
+        arguments, _, _ = parse(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config_overrides", given])
+        model = MultipoleForCausalLM(MultipoleConfig(vocab_size=384, max_position_embeddings=4096, **arguments.config_overrides))
+        sizes.append(model.num_parameters())
+    assert max(sizes) <= 1.1 * min(sizes)

@@ -1,14 +1,17 @@
 """Multipole attention as an attention implementation of Transformers: the attention function and its mask function."""
 
+import weakref
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
-from .cache_multipole import NewTokens
+from .cache_multipole import attend_state
 from .hierarchy import Alignment, align_rows, block_of, check_rows
 from .multipole_attention import aligned_attention, check_sizes
+from .state_multipole import MultipoleState, NewTokens
 
 # What other models pass for features that this attention does not have; None or False means that the feature is off.
 _UNSUPPORTED = {
@@ -29,7 +32,7 @@ class MultipoleMask:
     causal: bool
     batch: int
     queries: int  # new tokens in a row
-    length: int  # tokens in a row of keys
+    length: int | None  # tokens in a row of keys; None where only a compiled step on a state will use it
     block_size: int
     attention_mask: torch.Tensor | None = None  # (batch, length) bool; None where there is no padding
     segment_ids: torch.Tensor | None = None  # (batch, length): documents of packed rows
@@ -75,13 +78,20 @@ class MultipoleMask:
         position = self.position_ids.expand(self.batch, -1).gather(1, start.to(self.position_ids.device)[:, None])[:, 0]
         return [NewTokens(*row) for row in torch.stack([start.to(position.device), count.to(position.device), position], 1).tolist()]
 
-    def check_past(self, lengths: list[int], closed: list[bool]) -> None:
-        """Raises ValueError where the mask contradicts a state that has seen ``lengths`` real tokens; a few columns are looked at,
-        so that the cost of a step does not grow with the length.
+    def check_past(self, state: MultipoleState) -> None:
+        """Raises ValueError where the tokens do not continue a generation state, or the mask contradicts it; a few columns are
+        looked at, so that the cost of a step does not grow with the length.
         """
+        state.check_batch(self.batch)
+        if not self._past_checked:
+            self._check_mask(state.lengths, state.closed)
+            self._past_checked = True
+        state.check(self.new_tokens)
+
+    def _check_mask(self, lengths: list[int], closed: list[bool]) -> None:
         past = self.length - self.queries
         padding = [0 if shut else past - length for length, shut in zip(lengths, closed)]
-        if past == 0 or self._past_checked:
+        if past == 0:
             return
         if self.attention_mask is None:
             wrong = [i for i, length in enumerate(lengths) if length != past]
@@ -94,7 +104,6 @@ class MultipoleMask:
                 f"attention_mask contradicts the cache: row {wrong[0]} began with {padding[wrong[0]]} padding tokens when it was "
                 "filled; pass the mask of all tokens so far"
             )
-        self._past_checked = True
 
 
 def attention_options(config) -> dict:
@@ -158,6 +167,49 @@ def multipole_mask(
     return MultipoleMask(causal, batch_size, q_length, kv_length, block_size, attention_mask, segment_ids, position_ids)
 
 
+@torch.compiler.disable
+def check_past(past_key_values, mask: MultipoleMask) -> None:
+    """Before any layer takes something in: raises ValueError where new tokens do not continue the states of a cache."""
+    for layer in past_key_values.layers:
+        if getattr(layer, "state", None) is not None:
+            mask.check_past(layer.state)
+
+
+@torch.compiler.disable
+def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, rotary) -> torch.Tensor:
+    """Attention on the state of a cache layer."""
+    if layer.state is not None:
+        mask.check_past(layer.state)
+    out = layer.attend(
+        q, k, v, mask.new_tokens, max_length=module.config.max_position_embeddings, rotary=rotary, **_options(module, softcap, scale)
+    )
+    if layer.again is None:
+        # Not the module itself: the cache must not keep a model alive.
+        layer.again = partial(_attend_again, weakref.ref(module), softcap, scale, rotary and weakref.WeakMethod(rotary))
+    return out
+
+
+def _attend_again(module, softcap, scale, rotary, layer, q, k, v, attention_mask, position_ids) -> torch.Tensor:
+    module, seen = module(), layer.get_seq_length()
+    length = seen + q.shape[2] if attention_mask is None else attention_mask.shape[1]
+    if length != seen + q.shape[2]:
+        raise ValueError(f"attention_mask has {length} tokens, but the cache and the input have {seen} + {q.shape[2]}")
+    block_size = attention_options(module.config)["block_size"]
+    mask = MultipoleMask(True, len(q), q.shape[2], length, block_size, attention_mask, None, position_ids)
+    return _attend_past(module, layer, q, k, v, mask, softcap, scale, rotary and rotary())
+
+
+def _options(module, softcap, scale, key_summary=None) -> dict:
+    """What the attention depends on beside tokens and masks: learned parts are attributes of ``module``."""
+    return attention_options(module.config) | {
+        "key_summary": getattr(module, "key_summary", None) if key_summary is None else key_summary,
+        "value_summary": getattr(module, "value_summary", None),
+        "far_bias": getattr(module, "far_bias", None),
+        "softcap": softcap,
+        "scale": scale,
+    }
+
+
 def multipole_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -189,7 +241,8 @@ def multipole_attention_forward(
             "masks over pairs of tokens are not supported, and models that make their own masks need 'sdpa'"
         )
     past = getattr(key, "layer", None)
-    length = key.shape[2] if past is None else past.get_seq_length() + query.shape[2]
+    compiled = past is not None and torch.compiler.is_compiling() and past.again is not None
+    length = attention_mask.length if compiled else key.shape[2] if past is None else past.get_seq_length() + query.shape[2]
     if attention_mask.length != length:
         raise ValueError(
             f"the mask is for {attention_mask.length} keys, but there are {length}: "
@@ -207,33 +260,25 @@ def multipole_attention_forward(
     tokens = key if past is None else key.new
     if torch.is_autocast_enabled(query.device.type):
         query, tokens, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, tokens, value))
-    options = attention_options(module.config) | {
-        "key_summary": getattr(module, "key_summary", None) if key_summary is None else key_summary,
-        "value_summary": getattr(module, "value_summary", None),
-        "far_bias": getattr(module, "far_bias", None),
-        "softcap": softcap,
-        "scale": scaling,
-    }
-    if past is None:
-        out, weights = aligned_attention(
-            query,
-            tokens,
-            value,
-            attention_mask.alignment,
-            far_keys=far_keys,
-            causal=attention_mask.causal,
-            dropout_p=dropout,
-            return_weights=bool(output_attentions),
-            **options,
-        )
-    else:
-        if dropout:
-            raise ValueError("a generation state has no dropout: call model.eval(), or pass use_cache=False in training")
-        if past.state is not None:
-            attention_mask.check_past(past.state.lengths, past.state.closed)
-        max_length = module.config.max_position_embeddings
-        out = past.attend(query, tokens, value, attention_mask.new_tokens, max_length=max_length, rotary=rotary, **options)
-        weights = None
+    if past is not None and dropout:
+        raise ValueError("a generation state has no dropout: call model.eval(), or pass use_cache=False in training")
+    if compiled:
+        out = attend_state(query, tokens, value, attention_mask.attention_mask, attention_mask.position_ids, past.number)
+        return out.transpose(1, 2).contiguous(), None
+    if past is not None:
+        out = _attend_past(module, past, query, tokens, value, attention_mask, softcap, scaling, rotary)
+        return out.transpose(1, 2).contiguous(), None
+    out, weights = aligned_attention(
+        query,
+        tokens,
+        value,
+        attention_mask.alignment,
+        far_keys=far_keys,
+        causal=attention_mask.causal,
+        dropout_p=dropout,
+        return_weights=bool(output_attentions),
+        **_options(module, softcap, scaling, key_summary),
+    )
     return out.transpose(1, 2).contiguous(), weights
 
 

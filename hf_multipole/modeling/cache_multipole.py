@@ -1,361 +1,26 @@
-"""Generation state of multipole attention: what a causal layer needs of the past, O(log n) of it, and attention on it.
+"""Cache layers and the cache of multipole models: the generation state behind Transformers' interface, saved and loaded."""
 
-A query in block b sees the tokens of blocks b - 1 and b, and of each level only finished groups, none older than the third before
-its own. So a layer keeps, for each head, a ring of tokens and a ring of group summaries for each level, side by side in one tensor:
-a decoding step is ordinary attention over all of its slots, with a bias that hides what the query does not see. A block is
-summarised when its last token has come. Everything older is dropped for good, but for a few blocks that allow to go back.
-"""
-
+import hashlib
+import itertools
+import json
+import os
+import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.configuration_utils import PreTrainedConfig
 
-from .hierarchy import far_columns, level_count
-from .multipole_attention import attend_blocks, far_field
-from .summaries import DirectSummary, MeanSummary, Past, compute_dtype
+from .hierarchy import level_count
+from .state_multipole import MultipoleState
+from .summaries import DirectSummary, MeanSummary
 
 # Tokens that can be taken back (assisted decoding), rounded up to whole blocks.
 ROLLBACK = 64
-
-
-class NewTokens(NamedTuple):
-    """What one row of the batch brings to a forward pass."""
-
-    start: int  # column of its first real token among the new ones
-    count: int  # real tokens
-    position: int | None = None  # position id of the first
-
-
-class MultipoleState:
-    """The past of one layer.
-
-    ``keys`` and ``values`` ``(batch, kv_heads, slots, dim)``, float32 (float64 for float64): token t of a row lies in slot
-    ``t % ring``, summary r of group g of level l (counted from 0) in slot ``ring + (l * groups + g % groups) * rank + r``. Keys
-    that are summarised before their rotation are kept twice as wide, behind the rotated ones. Gradients stop here.
-    """
-
-    def __init__(self, key, value, block_size: int, rank: int, levels: int, rollback: int, direct: bool):
-        self.spare = max(1, -(-rollback // block_size))  # blocks that can be taken back
-        self.block_size, self.rank, self.direct = block_size, rank, direct
-        self.ring, self.groups = (2 + self.spare) * block_size, 3 + self.spare
-        batch, heads = key.shape[:2]
-        like = {"dtype": compute_dtype(key.dtype), "device": key.device}
-        slots = self.ring + levels * self.groups * rank
-        # Not inference tensors, even when made in inference mode: they are written to outside of it, too.
-        with torch.inference_mode(False):
-            self.keys, self.values = (torch.zeros(batch, heads, slots, x.shape[-1], **like) for x in (key, value))
-            # Direct summaries: sums of the open groups, after each of the last blocks.
-            sums = (self.spare + 1, batch, heads, levels, rank) if direct else (0,)
-            self.key_sums, self.value_sums = (torch.zeros(*sums, x.shape[-1], **like) for x in (key, value))
-        self.seen = 0  # columns, padding included
-        self.lengths = [0] * batch  # real tokens of each row
-        self.longest = [0] * batch  # before anything was taken back
-        self.positions = [None] * batch  # position id of the next token
-        self.closed = [False] * batch  # padding came after the tokens
-        self._bias = None
-
-    @property
-    def levels(self) -> int:
-        return (self.keys.shape[2] - self.ring) // (self.groups * self.rank)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.keys, self.values, self.key_sums, self.value_sums))
-
-    def select(self, index: torch.Tensor) -> None:
-        """Keeps, repeats or reorders rows of the batch."""
-        with torch.inference_mode(False):
-            index = index.to(self.keys.device, copy=True)
-            self.keys, self.values = (x.index_select(0, index) for x in (self.keys, self.values))
-            if self.direct:
-                self.key_sums, self.value_sums = (x.index_select(1, index) for x in (self.key_sums, self.value_sums))
-        rows = index.tolist()
-        for name in ("lengths", "longest", "positions", "closed"):
-            setattr(self, name, [getattr(self, name)[row] for row in rows])
-        self._bias = None
-
-    def take_back(self, tokens: int) -> None:
-        """Forgets the last ``tokens`` columns; raises ValueError where what came before them is gone."""
-        if tokens > self.seen:
-            raise ValueError(f"the cache has seen {self.seen} tokens and cannot take back {tokens}")
-        if tokens and any(self.closed):
-            raise ValueError("the cache has rows with padding behind their tokens and cannot take tokens back")
-        for length, longest in zip(self.lengths, self.longest):
-            kept = length - (longest - self.spare * self.block_size if longest > self.ring else 0)
-            if min(tokens, length) > kept:
-                raise ValueError(
-                    f"the cache can take back {kept} more tokens, but {tokens} were asked for: older keys are dropped. "
-                    f"Make it as MultipoleCache(config=model.config, rollback={tokens}), which keeps more"
-                )
-        self.seen -= tokens
-        self.positions = [p if p is None else p - min(tokens, n) for p, n in zip(self.positions, self.lengths)]
-        self.lengths = [max(0, length - tokens) for length in self.lengths]
-        self._bias = None
-
-    def attend(
-        self, q, k, v, new: list[NewTokens], *, key_summary, value_summary, size_weighting, far_bias, softcap, scale, rotary
-    ) -> torch.Tensor:
-        """Takes in new tokens and returns their attention ``(batch, heads, n, value_dim)``, zeros at padding.
-
-        q: ``(batch, heads, n, dim)``; k, v: ``(batch, kv_heads, n, dim)``. The other arguments are those of
-        :func:`multipole_attention`; with ``rotary`` (x, positions) -> x, k holds the rotated keys and, behind them, the plain ones.
-        """
-        self._check(q, k, v, new, key_summary)
-        options = {"size_weighting": size_weighting, "far_bias": far_bias}
-        sides = {"keys": (key_summary, rotary), "values": (value_summary, None)}
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if q.shape[2] == 1 and all(row.count for row in new) and not recorded:
-            out = self._step(q, k, v, sides, options, softcap, scale)
-        else:
-            out = self._chunk(q, k, v, new, sides, options, softcap, scale)
-        self.seen += q.shape[2]
-        self.lengths = [length + row.count for length, row in zip(self.lengths, new)]
-        self.longest = [max(pair) for pair in zip(self.lengths, self.longest)]
-        self.closed = [closed or 0 < row.start + row.count < q.shape[2] for closed, row in zip(self.closed, new)]
-        for i, row in enumerate(new):
-            if row.count and row.position is not None:
-                self.positions[i] = row.position + row.count
-        return out
-
-    def _check(self, q, k, v, new, key_summary) -> None:
-        """Raises ValueError, before anything is changed, where the tokens do not continue the state."""
-        held, given = ((x.shape[0], x.shape[1], x.shape[3], y.shape[3]) for x, y in ((self.keys, self.values), (k, v)))
-        if held[0] != given[0]:
-            raise ValueError(f"the cache holds a batch of {held[0]} rows, but the input has {given[0]}; use a new cache")
-        if held != given or self.keys.dtype != compute_dtype(k.dtype) or self.keys.device != k.device:
-            raise ValueError(
-                f"the cache was filled by another model: (heads, key and value width) {held[1:]}, {self.keys.dtype} on "
-                f"{self.keys.device}, but this one has {given[1:]}, {compute_dtype(k.dtype)} on {k.device}; use a new cache"
-            )
-        for i, (row, length, closed, position) in enumerate(zip(new, self.lengths, self.closed, self.positions)):
-            if row.count and length and (closed or row.start):
-                raise ValueError(f"attention_mask has padding between the tokens of the cache and the new ones in row {i}: pad on the left")
-            if row.count and None not in (position, row.position) and row.position < position:
-                raise ValueError(f"position_ids go backwards: row {i} continues at {row.position}, but the cache is at {position}")
-        if self.direct:
-            key_summary.check_levels(level_count(max(length + row.count for length, row in zip(self.lengths, new)), self.block_size))
-
-    # Slots
-
-    def _group_slots(self, level: int, groups: range) -> torch.Tensor:
-        first = self.ring + level * self.groups * self.rank
-        group = torch.arange(groups.start, groups.stop, device=self.keys.device)[:, None] % self.groups
-        return (first + group * self.rank + torch.arange(self.rank, device=self.keys.device)).flatten()
-
-    def _token_slots(self, tokens: range) -> torch.Tensor:
-        return torch.arange(tokens.start, tokens.stop, device=self.keys.device) % self.ring
-
-    def _read(self, buffer: torch.Tensor, rows: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
-        """``(rows, kv_heads, slots, dim)`` of some rows, or (None) of all."""
-        return buffer.index_select(2, slots) if rows is None else buffer[rows[:, None], :, slots].transpose(1, 2)
-
-    def _write(self, buffer: torch.Tensor, rows: torch.Tensor | None, slots: torch.Tensor, x: torch.Tensor) -> None:
-        x = x.detach().to(buffer.dtype)
-        if rows is None:
-            buffer.index_copy_(2, slots, x)
-        else:
-            buffer[rows[:, None], :, slots] = x.transpose(1, 2)
-
-    def _grow(self, length: int) -> int:
-        """Makes room for every level that the token after ``length`` tokens can see; returns the number of levels before.
-
-        A new level's groups are then made from those of the level below, which are all there when it comes to that.
-        """
-        stored = self.levels
-        more = 0 if self.direct else max(0, level_count(length + 1, self.block_size) - stored) * self.groups * self.rank
-        if more:
-            with torch.inference_mode(False):
-                self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
-            self._bias = None
-        return stored
-
-    # Summaries
-
-    def _kept(self, name: str, rows, blocks: int, levels: int) -> list[tuple[int, torch.Tensor]]:
-        """For each level the number of the first group at hand, and the groups ``(rows, kv_heads, groups, rank, dim)``."""
-        out = []
-        for level in range(levels):
-            kept = range(max(0, (blocks >> level) - self.groups), blocks >> level)
-            groups = self._read(getattr(self, name), rows, self._group_slots(level, kept))
-            out.append((kept.start, groups.unflatten(2, (-1, self.rank))))
-        return out
-
-    def _extend(self, name: str, side, rows, tokens: torch.Tensor, block: int, stored: int, origin) -> list[torch.Tensor]:
-        """Summarises the whole blocks of ``tokens`` ``(rows, kv_heads, n, dim)``, of which the first is ``block``, and keeps the
-        newest groups. The first ``stored`` levels were kept before. Returns the new groups of each level that has some,
-        ``(rows, kv_heads, groups, rank, dim)``.
-        """
-        summary, rotary = side
-        dim = tokens.shape[-1] // (1 if rotary is None else 2)
-        end = block + tokens.shape[2] // self.block_size
-        levels = sum(end >> level > (block >> level if level < stored else 0) for level in range(self.levels))
-        parts = [end - block]
-        if self.direct:
-            # To go back, the sums after each of the last blocks are needed: these come one by one.
-            single = min(self.spare, end - block)
-            parts = [end - block - single] * (end - block > single) + [1] * single
-        out = None
-        for blocks in parts:
-            piece, tokens = tokens[:, :, : blocks * self.block_size, -dim:], tokens[:, :, blocks * self.block_size :]
-            if self.direct:
-                if stored == 0:
-                    return []
-                levels, sums = stored, getattr(self, name[:-1] + "_sums")
-                held = sums[block % len(sums)]
-                held = (held if rows is None else held[rows]).unbind(2)
-            else:
-                held = []
-                for level in range(levels - 1):
-                    # The child that the open group of the next level has; all there are, where that level was not kept yet.
-                    first = (block >> level) // 2 * 2 if level + 1 < stored else 0
-                    children = self._read(getattr(self, name), rows, self._group_slots(level, range(first, block >> level)))
-                    held.append(children[..., -dim:].unflatten(2, (-1, self.rank)))
-            new, held = summary(piece, None, levels, past=Past(block, held))
-            block += blocks
-            if self.direct:
-                sums[block % len(sums), slice(None) if rows is None else rows] = torch.stack(held, 2).detach().to(sums.dtype)
-            for level, groups in enumerate(new):
-                last = block >> level
-                if rotary is not None:
-                    width = self.block_size << level
-                    group = torch.arange(last - groups.shape[2], last, device=groups.device)[:, None]
-                    centre = group * width + (torch.arange(self.rank, device=groups.device) + 0.5) * (width / self.rank) - 0.5
-                    groups = new[level] = torch.cat([rotary(groups, origin[:, None, None, None] + centre), groups], -1)
-                count = min(groups.shape[2], self.groups)
-                slots = self._group_slots(level, range(last - count, last))
-                self._write(getattr(self, name), rows, slots, groups[:, :, groups.shape[2] - count :].flatten(2, 3))
-            out = new if out is None else [torch.cat(pair, 2) for pair in zip(out, new)]
-        return out
-
-    # Attention
-
-    def _chunk(self, q, k, v, new, sides, options, softcap, scale) -> torch.Tensor:
-        alike = {}
-        for i, (length, row) in enumerate(zip(self.lengths, new)):
-            if row.count:
-                alike.setdefault((length, row.start, row.count), []).append(i)
-        out = None
-        for (length, start, count), rows in alike.items():
-            rows = None if len(rows) == len(new) else torch.tensor(rows, device=q.device)
-            part = [x[:, :, start : start + count] if rows is None else x[rows, :, start : start + count] for x in (q, k, v)]
-            got = self._attend_rows(rows, length, *part, new, sides, options, softcap, scale)
-            if rows is None and count == q.shape[2]:
-                return got
-            if out is None:
-                out = got.new_zeros(*q.shape[:3], v.shape[-1])
-            out[slice(None) if rows is None else rows, :, start : start + count] = got
-        return q.new_zeros(*q.shape[:3], v.shape[-1]) if out is None else out
-
-    def _attend_rows(self, rows, past: int, q, k, v, new, sides, options, softcap, scale) -> torch.Tensor:
-        """Attention of new tokens of rows that all have ``past`` tokens behind them."""
-        m, dim, n = self.block_size, q.shape[-1], past + q.shape[2]
-        first = max(0, past // m - 1)
-        slots = self._token_slots(range(first * m, past))
-        stored = self._grow(n)
-        local, far = {}, {}
-        for name, x in (("keys", k), ("values", v)):
-            near = local[name] = torch.cat([self._read(getattr(self, name), rows, slots).to(x.dtype), x], 2)
-            groups = self._kept(name, rows, past // m, stored)
-            groups += [(0, x.new_zeros(*near.shape[:2], 0, self.rank, x.shape[-1], dtype=self.keys.dtype))] * (self.levels - stored)
-            if n // m > past // m:
-                whole = near[:, :, (past // m - first) * m : (n // m - first) * m]
-                made = self._extend(name, sides[name], rows, whole, past // m, stored, self._origin(sides[name], rows, new))
-                groups[: len(made)] = [(start, torch.cat([old, more], 2)) for (start, old), more in zip(groups, made)]
-            far[name] = groups[: level_count(n, m)]
-            fresh = range(max(past, n - self.ring), n)
-            self._write(getattr(self, name), rows, self._token_slots(fresh), x[:, :, fresh.start - past :])
-        self._bias = None
-
-        columns = far_columns(n, m, level_count(n, m), True, first, q.device)
-        like = {"dtype": torch.long, "device": q.device}
-        begin = torch.tensor([start for start, _ in far["keys"]], **like)[columns.level - 1]
-        count = torch.tensor([groups.shape[2] for _, groups in far["keys"]], **like)
-        before = (count.cumsum(0) - count)[columns.level - 1]
-        row = (columns.first // columns.width - begin).clamp(min=0).minimum(count[columns.level - 1] - 1) + before
-        row, bias = far_field(columns._replace(row=row), None, None, self.rank, kv_heads=k.shape[1], dtype=self.keys.dtype, **options)
-        far_k, far_v = (
-            torch.cat([x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=self.keys.dtype)] + [g.flatten(2, 3) for _, g in far[name]], 2)
-            for name, x in (("keys", k), ("values", v))
-        )
-        before, after = past - first * m, -n % m
-        q, k, v = (nn.functional.pad(x, (0, 0, pad, after)) for x, pad in ((q, before), (local["keys"], 0), (local["values"], 0)))
-        out = attend_blocks(q, k[..., :dim], v, far_k[..., :dim], far_v, row, bias, None, m, True, scale, softcap)
-        return out[:, :, before : before + n - past]
-
-    def _origin(self, side, rows, new) -> torch.Tensor | None:
-        """Position id of the first token of each row, where summaries are rotated."""
-        if side[1] is None:
-            return None
-        known = [
-            (row.position if position is None else position) - length for row, position, length in zip(new, self.positions, self.lengths)
-        ]
-        origin = torch.tensor(known, device=self.keys.device)
-        return origin if rows is None else origin[rows]
-
-    def _step(self, q, k, v, sides, options, softcap, scale) -> torch.Tensor:
-        """Attention of one more token in every row: all slots at once."""
-        batch, heads, _, dim = q.shape
-        kv_heads, m = k.shape[1], self.block_size
-        lengths = [length + 1 for length in self.lengths]
-        if len(set(lengths)) == 1:
-            slot = self.lengths[0] % self.ring
-            self.keys[:, :, slot], self.values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-        else:
-            slot = torch.tensor([length % self.ring for length in self.lengths], device=q.device)
-            every = torch.arange(batch, device=q.device)
-            self.keys[every, :, slot], self.values[every, :, slot] = (x[:, :, 0].to(self.keys.dtype) for x in (k, v))
-        new = [NewTokens(0, 1, position) for position in self.positions]
-        for length in {length for length in lengths if length % m == 0}:
-            rows = [i for i, other in enumerate(lengths) if other == length]
-            rows = None if len(rows) == batch else torch.tensor(rows, device=q.device)
-            stored = self._grow(length)
-            for name in ("keys", "values"):
-                block = self._read(getattr(self, name), rows, self._token_slots(range(length - m, length)))
-                self._extend(name, sides[name], rows, block, length // m - 1, stored, self._origin(sides[name], rows, new))
-        if self._bias is None or any(length % m == 1 or m == 1 for length in lengths):
-            self._bias = self._visible(lengths, heads, **options)
-        elif isinstance(slot, int):
-            self._bias[..., slot] = 0
-        else:
-            self._bias[every, :, slot] = 0
-        # The query heads of one key head are its queries.
-        q = q.reshape(batch, kv_heads, heads // kv_heads, dim).to(self.keys.dtype)
-        bias = self._bias.view(-1, kv_heads, heads // kv_heads, self._bias.shape[-1])
-        keys = self.keys[..., :dim]
-        if softcap is None:
-            out = nn.functional.scaled_dot_product_attention(q, keys, self.values, attn_mask=bias, scale=scale)
-        else:
-            logits = softcap * torch.tanh(q @ keys.transpose(2, 3) * scale / softcap) + bias
-            out = torch.softmax(logits, -1) @ self.values
-        return out.reshape(batch, heads, 1, -1).to(k.dtype)
-
-    def _visible(self, lengths: list[int], heads: int, size_weighting: bool, far_bias) -> torch.Tensor:
-        """What is added to the logits of the last of ``lengths`` tokens, ``(batch or 1, heads, slots)``: -inf where it does not see."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self._make_bias(lengths, heads, size_weighting, far_bias)
-
-    def _make_bias(self, lengths, heads, size_weighting, far_bias):
-        device, m = self.keys.device, self.block_size
-        last = torch.tensor(sorted(set(lengths)) if len(set(lengths)) == 1 else lengths, device=device)[:, None] - 1
-        token = last - (last - torch.arange(self.ring, device=device)) % self.ring
-        near = torch.where(token >= (last // m - 1).clamp(min=0) * m, 0.0, -torch.inf).to(self.keys.dtype)
-        near = near[:, None].expand(-1, heads, -1)
-        if self.levels == 0:
-            return near.contiguous()
-        level = torch.arange(self.levels, device=device).repeat_interleave(self.groups)
-        width = m << level
-        finished = (last + 1) // width
-        group = finished - 1 - (finished - 1 - torch.arange(self.groups, device=device).repeat(self.levels)) % self.groups
-        own = last // width
-        seen = (group >= 0) & (own - group >= 2) & (own // 2 - group // 2 <= 1)
-        far = (width.to(near.dtype) / self.rank).log() if size_weighting else torch.zeros_like(width, dtype=near.dtype)
-        if far_bias is not None:
-            far = far + far_bias.to(far.dtype)[:, level.clamp(max=far_bias.shape[1] - 1)]
-        far = torch.where(seen[:, None], far, -torch.inf).expand(-1, heads, -1)
-        return torch.cat([near, far.repeat_interleave(self.rank, -1)], -1)
 
 
 class PastTokens(NamedTuple):
@@ -375,12 +40,72 @@ def keeps_state(cache, layer_idx: int, output_attentions: bool | None) -> bool:
     return hasattr(layer, "rollback") and not output_attentions and (layer.state is not None or not layer.is_initialized)
 
 
+# Compiled code names a layer by a number in a tensor: what Python counts in a state must not become part of it.
+_NAMESPACE = __name__.replace(".", "_")
+_layers = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op(_NAMESPACE + "::attend_state", mutates_args=())
+def attend_state(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    number: torch.Tensor,
+) -> torch.Tensor:
+    """A step on the state of a layer, which was made outside of compiled code and then remembered how it is called."""
+    layer = _layers[int(number)]
+    return layer.again(layer, q, k, v, attention_mask, position_ids).contiguous()
+
+
+@torch.library.custom_op(_NAMESPACE + "::seen", mutates_args=())
+def seen(number: torch.Tensor) -> torch.Tensor:
+    """Tokens that a layer has seen, ``()`` int64."""
+    return torch.tensor(_layers[int(number)].get_seq_length())
+
+
+@attend_state.register_fake
+def _(q, k, v, attention_mask, position_ids, number):
+    return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+@seen.register_fake
+def _(number):
+    return torch.empty((), dtype=torch.long)
+
+
+def compiled_state(cache, layer_idx: int = 0):
+    """The layer of a cache whose state is used by code that is being compiled, or None."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[layer_idx] if torch.compiler.is_compiling() and layer_idx < len(layers) else None
+    return layer if getattr(layer, "again", None) is not None else None
+
+
 class _StateLayer:
     """A cache layer that keeps a state, or all keys where attention is exact: whichever its first tokens ask for."""
 
     rollback = ROLLBACK
     is_croppable = True
     state: MultipoleState | None = None
+    again = None  # of the attention function: attends once more, as it did the first time
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._take_number()
+
+    @torch.compiler.disable
+    def _take_number(self) -> None:
+        self.number = torch.tensor(next(_numbers))
+        _layers[int(self.number)] = self
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name not in ("again", "number")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._take_number()
 
     def update(self, key_states, value_states, *args, state: bool = False, **kwargs):
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
@@ -407,7 +132,7 @@ class _StateLayer:
         self.state, self.is_initialized = state, True
         return out
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
         return super().get_seq_length() if self.state is None else self.state.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -455,9 +180,131 @@ class MultipoleLayer(_StateLayer, DynamicLayer):
 
 
 class MultipoleStaticLayer(StaticLayer):
-    """Says clearly that there is none."""
+    """Says what to use: the state has a fixed size anyway."""
 
     _layer_type = "multipole_attention"
 
     def __init__(self, *args, **kwargs):
-        raise ValueError("multipole attention has no static cache; leave out cache_implementation='static'")
+        raise ValueError(
+            "multipole attention needs no static cache: the state that generate makes by itself has the same size at every length. "
+            "Leave out cache_implementation='static'; torch.compile(model.forward) works with it"
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells models apart: a hash of the fields of the configuration and of evenly spaced entries of every parameter."""
+    config = model.config.to_dict()
+    fields = {name: config.get(name) for name in sorted(type(model.config).__annotations__) if name != "use_cache"}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, x in model.base_model.named_parameters():
+        sample = x.detach().flatten()[:: max(1, x.numel() // 1024)].cpu().contiguous()
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class MultipoleCache(DynamicCache):
+    """The generation state of a whole model, as ``generate(past_key_values=...)`` takes it; full-attention layers keep all keys.
+
+    config: the model's configuration. rollback: tokens that can be taken back (``crop``, assisted decoding), rounded up to whole
+    blocks. A cache belongs to the first model that it is used with.
+
+    Example:
+
+    ```python
+    >>> cache = MultipoleCache(config=model.config)
+    >>> model(document, past_key_values=cache)
+    >>> cache.save("document.safetensors")
+    >>> cache = MultipoleCache.load("document.safetensors", model)
+    >>> model.generate(torch.cat([document, question], 1), past_key_values=cache)
+    ```
+    """
+
+    def __init__(self, config: PreTrainedConfig, rollback: int = ROLLBACK):
+        if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 1:
+            raise ValueError(f"rollback is {rollback!r}, but must be a positive number of tokens")
+        super().__init__(config=config)
+        self._model = None
+        for layer in self.layers:
+            if hasattr(layer, "rollback"):
+                layer.rollback = rollback
+
+    @torch.compiler.disable
+    def bind(self, model: nn.Module) -> None:
+        """Called by the model; raises ValueError where the cache is another's."""
+        owner = None if self._model is None else self._model()
+        if owner is not None and owner is not model and self.get_seq_length():
+            raise ValueError("the cache was filled by another model; use a new cache")
+        if owner is not model:
+            self._model = weakref.ref(model)
+
+    def __getstate__(self):
+        # Copies belong to whoever uses them first.
+        return self.__dict__ | {"_model": None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(sum(x.nbytes for x in _tensors(layer).values()) for layer in self.layers)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the state to a safetensors file, with the fingerprint of its model; a file that is there is replaced at the end."""
+        model = None if self._model is None else self._model()
+        if model is None or not self.get_seq_length():
+            raise ValueError("the cache is empty, or its model is gone: there is nothing to save")
+        tensors, layers = {}, []
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.{name}": x.contiguous() for name, x in _tensors(layer).items()}
+            state = getattr(layer, "state", None)
+            layers.append(None if state is None else {name: getattr(state, name) for name in _FIELDS})
+        metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
+        path = Path(path)
+        # A name of its own, so that a half-written file is never taken for a whole one.
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: nn.Module) -> "MultipoleCache":
+        """The state that :meth:`save` wrote, on the device of ``model``.
+
+        Raises FileNotFoundError; ValueError where the file is damaged, or is of another model or version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no state file {path}")
+        try:
+            with safe_open(path, "pt", device=str(model.device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or not a state file: {error}") from None
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a state file of this version: its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+        if metadata.get("model") != fingerprint(model):
+            raise ValueError(f"{path} is the state of another model: weights, dtype or configuration differ; read the text again")
+        cache = cls(config=model.config)
+        cache._model = weakref.ref(model.base_model)
+        for i, (layer, fields) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
+            own = {name: tensors[f"{i}.{name}"] for name in _TENSORS if f"{i}.{name}" in tensors}
+            if fields is None:
+                layer.update(own["keys"], own["values"])
+                continue
+            state = layer.state = MultipoleState.__new__(MultipoleState)
+            vars(state).update(fields | own, _bias=None)
+            layer.rollback, layer.is_initialized = state.spare * state.block_size, True
+        return cache
+
+
+_FORMAT = "hf_multipole state 1"
+_TENSORS = ("keys", "values", "key_sums", "value_sums")
+_FIELDS = ("spare", "block_size", "rank", "direct", "ring", "groups", "seen", "lengths", "longest", "positions", "closed")
+
+
+def _tensors(layer) -> dict[str, torch.Tensor]:
+    """What a layer of a cache holds."""
+    holder = getattr(layer, "state", None) or layer
+    found = {name: getattr(holder, name, None) for name in _TENSORS}
+    return {name: x for name, x in found.items() if x is not None}

@@ -26,8 +26,8 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_functions import MultipoleMask
-from .cache_multipole import keeps_state
+from .attention_functions import MultipoleMask, check_past
+from .cache_multipole import compiled_state, keeps_state, seen
 from .configuration_multipole import MultipoleConfig
 from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
@@ -282,6 +282,8 @@ class MultipoleModel(MultipolePreTrainedModel):
                 "past_key_values belong to causal models: in a bidirectional one (is_causal=False) new tokens change all the others; "
                 "pass use_cache=False"
             )
+        if hasattr(past_key_values, "bind") and not torch.compiler.is_compiling():
+            past_key_values.bind(self)
         output_attentions = kwargs.setdefault("output_attentions", self.config.output_attentions)
 
         segment_ids = self._segments(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
@@ -290,8 +292,13 @@ class MultipoleModel(MultipolePreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask is not None and (attention_mask.shape != (batch, past + queries) or attention_mask.is_floating_point()):
+        compiled = compiled_state(past_key_values)
+        if compiled is not None:
+            past = seen(compiled.number).to(inputs_embeds.device)
+        else:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        wrong = compiled is None and attention_mask is not None and attention_mask.shape != (batch, past + queries)
+        if wrong or (attention_mask is not None and attention_mask.is_floating_point()):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
                 f"(batch, n) = {(batch, past + queries)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
@@ -299,10 +306,12 @@ class MultipoleModel(MultipolePreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(inputs_embeds, attention_mask, segment_ids, past)
         kinds = {layer_implementation(self.config, kind, output_attentions) for kind in self.config.layer_types}
+        length = None if compiled is not None else past + queries
         masks = {
-            kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, past + queries)
-            for kind in kinds
+            kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length) for kind in kinds
         }
+        if past_key_values is not None and "multipole" in kinds and compiled is None:
+            check_past(past_key_values, masks["multipole"])
         centres = None
         if "multipole" in kinds and self.config.rotate_summaries:
             if not keeps_state(past_key_values, self.config.layer_types.index("multipole_attention"), output_attentions):
@@ -340,7 +349,7 @@ class MultipoleModel(MultipolePreTrainedModel):
         weights differ from channel to channel: counted otherwise, padding and the documents before would change the result.
         """
         queries = inputs_embeds.shape[1]
-        tokens = torch.arange(past, past + queries, device=inputs_embeds.device)[None]
+        tokens = past + torch.arange(queries, device=inputs_embeds.device)[None]
         if segment_ids is not None:
             return tokens - torch.where(segment_ids == segment_ids.roll(1, 1), 0, tokens).cummax(1).values
         if attention_mask is not None:
@@ -354,6 +363,8 @@ class MultipoleModel(MultipolePreTrainedModel):
         """The mask of one attention function; Transformers' own for the exact ones."""
         batch, queries = inputs_embeds.shape[:2]
         causal = self.config.is_causal
+        if implementation == "multipole" and length is None:
+            return MultipoleMask(True, batch, queries, None, self.config.block_size, attention_mask, None, position_ids)
         if implementation == "multipole":
             return ALL_MASK_ATTENTION_FUNCTIONS["multipole"](
                 batch_size=batch,
@@ -456,6 +467,12 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def generate(self, *args, **kwargs):
+        """See :meth:`transformers.GenerationMixin.generate`."""
+        if not self.config.is_causal:
+            raise ValueError("generation needs a causal model, but this one is bidirectional (is_causal=False)")
+        return super().generate(*args, **kwargs)
 
 
 class MultipoleForMaskedLM(MultipolePreTrainedModel):

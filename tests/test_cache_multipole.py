@@ -1,0 +1,607 @@
+"""The generation state: the logits of one full forward pass, in whatever pieces a text comes, and generation on it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_models import BLOCK, CLOSE, HYBRID, RANK, TOKENS, build, pad, randomise, same_weights, tokens
+from transformers import DynamicCache, StoppingCriteria, TextStreamer
+
+from hf_multipole import MultipoleCache
+
+KINDS = [{"summary": "hierarchical"}, {"summary": "mean"}, {"summary": "direct"}, {"rotate_summaries": True}]
+
+
+def run(model, ids, chunks, mask=None, cache=None, **kwargs):
+    """Logits of a text that comes in pieces, and the cache."""
+    done, logits = 0 if cache is None else cache.get_seq_length(), []
+    first = done
+    with torch.no_grad():
+        for chunk in chunks:
+            part = slice(done, done + chunk)
+            done += chunk
+            inputs = {} if mask is None else {"attention_mask": mask[:, :done]}
+            out = model(ids[:, part], past_key_values=cache, use_cache=True, **inputs, **kwargs)
+            cache = out.past_key_values
+            assert cache.get_seq_length() == done
+            logits.append(out.logits)
+    assert done <= ids.shape[1] and first < done
+    return torch.cat(logits, 1), cache
+
+
+def states(cache):
+    return [layer.state for layer in cache.layers if getattr(layer, "state", None) is not None]
+
+
+# Equality with the full forward
+
+
+@st.composite
+def splits(draw, total):
+    """Pieces of a text: single tokens, short ones, long ones."""
+    left, out = total, []
+    while left:
+        piece = min(left, draw(st.one_of(st.just(1), st.integers(1, 2 * BLOCK + 1), st.integers(1, total))))
+        repeat = draw(st.integers(1, 12)) if piece == 1 else 1
+        out += [piece] * min(repeat, left // piece)
+        left = total - sum(out)
+    return out
+
+
+@given(data=st.data(), kind=st.sampled_from(KINDS), block_size=st.sampled_from([1, 2, 8]), padded=st.booleans())
+def test_any_split_gives_the_full_forward(data, kind, block_size, padded):
+    total = data.draw(st.integers(1, 80))
+    model = build(block_size=block_size, rank=min(RANK, block_size), **kind)
+    ids = tokens(rows=3, n=total, seed=data.draw(st.integers(0, 99)))
+    left = [0, *(data.draw(st.integers(0, total)) for _ in range(2))] if padded else [0] * 3
+    mask = torch.stack([torch.arange(total) >= count for count in left]).long()
+    logits, cache = run(model, ids, data.draw(splits(total)), mask if padded else None)
+    with torch.no_grad():
+        for row, count in enumerate(left):
+            if count < total:
+                alone = model(ids[row : row + 1, count:], use_cache=False).logits[0]
+                torch.testing.assert_close(logits[row, count:], alone, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_as_good_as_the_full_forward(kind, dtype):
+    """Both round the same tokens; what the state keeps is float32. So its error is that of the full forward, give or take one
+    rounding of the logits and the luck of which way the others go: a factor of 2 on the root mean square."""
+    exact = build(dtype=torch.float64, **kind)
+    model = same_weights(exact, **kind).to(dtype)
+    exact.load_state_dict(model.state_dict())
+    ids = tokens(n=120)
+    with torch.no_grad():
+        true = exact(ids).logits
+        full = (model(ids, use_cache=False).logits - true).square().mean().sqrt()
+    pieces = (run(model, ids, [50, 7] + [1] * 63)[0] - true).square().mean().sqrt()
+    assert pieces <= 2 * full + torch.finfo(dtype).eps * true.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("chunks", [[1] * 150, [90, 60], [40] + [1] * 20 + [90]])
+@pytest.mark.parametrize("summary", ["hierarchical", "mean"])
+def test_beyond_the_trained_length(summary, chunks):
+    model = build(summary=summary, max_position_embeddings=2 * BLOCK)
+    ids = tokens(n=150)
+    logits, cache = run(model, ids, chunks)
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits, **CLOSE)
+    assert all(state.levels == 4 for state in states(cache))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("rotate_summaries", [True, False])
+def test_exact_implementations_keep_all_keys(implementation, rotate_summaries):
+    model = build(rotate_summaries=rotate_summaries, attn_implementation=implementation)
+    logits, cache = run(model, tokens(), [40, 1, 1, 33])
+    torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits, **CLOSE)
+    assert not states(cache) and all(layer.keys.shape[2] == TOKENS for layer in cache.layers)
+
+
+def test_hybrids():
+    model = build(layer_types=HYBRID)
+    logits, cache = run(model, tokens(), [40, 1, 1, 33])
+    torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits, **CLOSE)
+    assert len(states(cache)) == 2 and cache.layers[1].keys.shape[2] == TOKENS
+
+
+def test_caches_of_other_kinds_keep_all_keys():
+    """DynamicCache() without a configuration knows of no state, and the weights of all past tokens need all keys."""
+    model = build(rotate_summaries=True)
+    full = model(tokens(), use_cache=False, output_attentions=True)
+    logits, cache = run(model, tokens(), [40, 1, 34], cache=DynamicCache())
+    torch.testing.assert_close(logits, full.logits, **CLOSE)
+    with torch.no_grad():
+        cache = model(tokens()[:, :40], output_attentions=True).past_key_values
+        out = model(tokens()[:, 40:], past_key_values=cache, output_attentions=True)
+    torch.testing.assert_close(out.logits, full.logits[:, 40:], **CLOSE)
+    torch.testing.assert_close(out.attentions[1], full.attentions[1][:, :, 40:], **CLOSE)
+
+
+def test_gradients_of_a_pass_that_fills_a_cache():
+    model = build()
+    grads = []
+    for use_cache in (True, False):
+        model.zero_grad()
+        model(tokens(), use_cache=use_cache).logits.square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1], **CLOSE)
+    # The last token reaches its own keys, as in a longer pass; what came before it stays as it is.
+    with torch.no_grad():
+        cache = model(tokens()[:, :-1]).past_key_values
+    model.zero_grad()
+    model(tokens()[:, -1:], past_key_values=cache).logits.square().sum().backward()
+    assert model.model.layers[0].self_attn.v_proj.weight.grad.abs().max() > 0
+
+
+# Size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_does_not_grow(kind):
+    model = build(max_position_embeddings=1024, **kind)
+    sizes = []
+    cache = MultipoleCache(config=model.config)
+    for _ in range(3):
+        run(model, tokens(n=cache.get_seq_length() + 300), [200] + [1] * 100, cache=cache)
+        sizes.append(cache.nbytes)
+    assert len(set(sizes)) == 1
+    state = states(cache)[0]
+    # 64 tokens can be taken back: 8 blocks beside the two that are seen, and 8 groups beside the three of each of 6 levels.
+    slots = (2 + 8) * BLOCK + 6 * (3 + 8) * RANK
+    assert state.keys.shape[2] == state.values.shape[2] == slots
+
+
+def test_a_prompt_in_inference_mode_and_steps_outside():
+    model = build()
+    with torch.inference_mode():
+        cache = model(tokens()[:, :41]).past_key_values
+        model(tokens()[:, 41:42], past_key_values=cache)
+    logits, _ = run(model, tokens(), [1] * 33, cache=cache)
+    torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits[:, 42:], **CLOSE)
+
+
+# Going back
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"layer_types": HYBRID}])
+@pytest.mark.parametrize("rollback", [1, 20, 64])
+def test_taking_tokens_back(kind, rollback):
+    model = build(**kind)
+    ids = tokens(n=200)
+    full = model(ids, use_cache=False).logits
+    cache = MultipoleCache(config=model.config, rollback=rollback)
+    _, cache = run(model, ids, [130], cache=cache)
+    kept = -(-rollback // BLOCK) * BLOCK
+    for back, again in ((1, [1]), (3, [1, 4]), (kept, [kept]), (kept // 2, [1] * (kept // 2)), (2, [1, 1, 33])):
+        cache.crop(-back)
+        length = cache.get_seq_length()
+        logits, cache = run(model, ids, again, cache=cache)
+        torch.testing.assert_close(logits, full[:, length : length + sum(again)], **CLOSE)
+
+
+def test_taking_back_padded_rows():
+    model = build()
+    ids, mask = tokens(), torch.ones(2, TOKENS, dtype=torch.long)
+    mask[1, :70] = 0
+    logits, cache = run(model, ids, [72, 1, 1], mask)
+    cache.crop(-7)  # two columns more than the second row has tokens
+    again, cache = run(model, ids, [3, 1, 1, 3], mask, cache)
+    torch.testing.assert_close(again[0], model(ids[:1], use_cache=False).logits[0, 67:], **CLOSE)
+    torch.testing.assert_close(again[1, 3:], model(ids[1:, 70:], use_cache=False).logits[0], **CLOSE)
+
+
+def test_taking_back_too_much():
+    model = build()
+    cache = MultipoleCache(config=model.config, rollback=BLOCK)
+    ids = tokens(n=100)
+    run(model, ids, [90], cache=cache)
+    with pytest.raises(ValueError, match=rf"can take back {BLOCK} more tokens, but 9 .*rollback=9"):
+        cache.crop(-9)
+    cache.crop(-5)
+    with pytest.raises(ValueError, match="can take back 3 more tokens, but 4"):
+        cache.crop(-4)
+    with pytest.raises(ValueError, match="has seen 85 tokens"):
+        cache.crop(-86)
+    logits, _ = run(model, ids, [15], cache=cache)
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, 85:], **CLOSE)
+    # A short text is there as a whole.
+    _, short = run(model, ids, [2 * BLOCK])
+    short.crop(-2 * BLOCK)
+    assert short.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("rollback", [0, -1, 1.5, True])
+def test_a_rollback_that_is_no_number_of_tokens(rollback):
+    with pytest.raises(ValueError, match="rollback is"):
+        MultipoleCache(config=build().config, rollback=rollback)
+
+
+# Rows of the batch
+
+
+def test_rows_are_reordered_repeated_and_selected():
+    model = build()
+    ids = tokens(rows=3, n=90)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    for change, rows in (
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([False, True, True])), [1, 2]),
+    ):
+        full, cache = run(model, ids, [60, 1], mask)
+        change(cache)
+        rest, _ = run(model, ids[rows], [1, 20, 1, 7], mask[rows], cache)
+        expected, _ = run(model, ids, [61, 29], mask)
+        torch.testing.assert_close(rest, expected[rows, 61:], **CLOSE)
+
+
+def test_copies_are_independent():
+    model = build()
+    _, cache = run(model, tokens(), [50])
+    other = copy.deepcopy(cache)
+    first, _ = run(model, tokens(), [1] * 25, cache=cache)
+    second, _ = run(model, tokens(), [1] * 25, cache=other)
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+def test_reset():
+    model = build()
+    logits, cache = run(model, tokens(), [50, 25])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(run(model, tokens(), [50, 25], cache=cache)[0], logits, atol=0, rtol=0)
+
+
+# generate
+
+
+@pytest.mark.parametrize("options", [{}, {"rotate_summaries": True}, {"layer_types": HYBRID}, {"summary": "direct"}])
+def test_greedy_generation(options):
+    model = build(**options)
+    prompt = tokens(n=30)
+    out = model.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    assert out.shape == (2, 70)
+    with torch.no_grad():
+        logits = model(out, use_cache=False).logits
+        torch.testing.assert_close(out[:, 30:], logits[:, 29:-1].argmax(-1))
+    assert len(out[0, 30:].unique()) > 3  # not a model that says one thing only
+
+    # Rows of unequal length, padded on the left.
+    short = prompt[1:, 13:]
+    ids, mask = (torch.cat(parts) for parts in zip(pad(prompt[:1]), pad(short, left=13)))
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    torch.testing.assert_close(batch[0], out[0])
+    torch.testing.assert_close(batch[1, 30:], model.generate(short, max_new_tokens=40, do_sample=False, eos_token_id=-1)[0, 17:])
+
+
+def test_beam_search():
+    """The score of the best beam is the probability that full forward passes give it: the cache followed its beam."""
+    model = build()
+    prompt = tokens(n=30)
+    options = dict(max_new_tokens=25, do_sample=False, eos_token_id=-1, return_dict_in_generate=True, output_scores=True)
+    out = model.generate(prompt, num_beams=4, length_penalty=0.0, **options)
+    with torch.no_grad():
+        logits = model(out.sequences).logits[:, 29:-1].log_softmax(-1)
+    score = logits.gather(2, out.sequences[:, 30:, None]).sum((1, 2))
+    torch.testing.assert_close(out.sequences_scores.double(), score, atol=1e-4, rtol=1e-5)
+    uncached = model.generate(prompt, num_beams=4, length_penalty=0.0, use_cache=False, **options)
+    torch.testing.assert_close(out.sequences, uncached.sequences)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sampling(count):
+    model = build()
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(2)
+        options = dict(max_new_tokens=25, do_sample=True, top_k=20, temperature=0.9, eos_token_id=-1, num_return_sequences=count)
+        outs.append(model.generate(tokens(n=30), use_cache=use_cache, **options))
+    assert len(outs[0]) == 2 * count
+    torch.testing.assert_close(outs[0], outs[1])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"layer_types": HYBRID}])
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"prefill_chunk_size": 7}])
+def test_other_ways_of_generating(options, kind):
+    """Speculative decoding takes tokens back; the prompt may come in pieces."""
+    model, options = build(**kind), dict(options)
+    if options.pop("assistant", False):
+        options["assistant_model"] = randomise(copy.deepcopy(model), seed=4)
+    prompt = tokens(rows=1, n=30)
+    plain = model.generate(prompt, max_new_tokens=25, do_sample=False, eos_token_id=-1)
+    torch.testing.assert_close(model.generate(prompt, max_new_tokens=25, do_sample=False, eos_token_id=-1, **options), plain)
+
+
+def test_embeddings_as_the_prompt():
+    model = build()
+    prompt = tokens(n=30)
+    out = model.generate(inputs_embeds=model.get_input_embeddings()(prompt), max_new_tokens=20, do_sample=False, eos_token_id=-1)
+    torch.testing.assert_close(out, model.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=-1)[:, 30:])
+
+
+def test_going_on_from_a_returned_cache():
+    model = build()
+    options = dict(do_sample=False, eos_token_id=-1)
+    whole = model.generate(tokens(n=30), max_new_tokens=40, **options)
+    first = model.generate(tokens(n=30), max_new_tokens=15, return_dict_in_generate=True, **options)
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=25, **options)
+    torch.testing.assert_close(second, whole)
+
+
+class Words:
+    """A tokenizer for TextStreamer: one word a token."""
+
+    def decode(self, ids, **_):
+        return "".join(f"{int(i)} " for i in ids)
+
+
+def test_streaming_and_stopping(capsys):
+    class AfterFive(StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            return torch.full((len(ids),), ids.shape[1] >= 35)
+
+    model = build()
+    out = model.generate(
+        tokens(rows=1, n=30),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=-1,
+        streamer=TextStreamer(Words(), skip_prompt=True),
+        stopping_criteria=[AfterFive()],
+    )
+    assert out.shape[1] == 35
+    assert capsys.readouterr().out.split() == [str(i) for i in out[0, 30:].tolist()]
+
+
+def test_a_static_cache_is_refused_clearly():
+    with pytest.raises(ValueError, match="no static cache.*[Ll]eave out"):
+        build().generate(tokens(), max_new_tokens=2, cache_implementation="static")
+
+
+def test_an_offloaded_cache():
+    model = build(layer_types=HYBRID)
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=-1)
+    cache = DynamicCache(config=model.config)
+    plain = model.generate(tokens(), **options)
+    torch.testing.assert_close(model.generate(tokens(), past_key_values=cache, **options), plain)
+
+
+@pytest.mark.parametrize("kind", [{}, {"rotate_summaries": True}, {"summary": "direct"}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_steps_are_not_compiled_again(masked, kind):
+    """The shapes of the state are fixed: after the first steps, nothing is compiled again as the text grows."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model = build(**kind)
+    ids = tokens(n=150)
+    full = model(ids, use_cache=False).logits
+    mask = torch.ones_like(ids) if masked else None
+    _, first = run(model, ids, [40], mask)
+    _, second = run(model, ids, [40], mask)  # a cache of its own, as in every call of generate
+    counter = CompileCounter()
+    model.forward = torch.compile(model.forward, backend=counter, fullgraph=True)
+    run(model, ids, [1] * 3, mask, first)
+    before = counter.frame_count
+    logits, _ = run(model, ids, [1] * 110, mask, second)
+    torch.testing.assert_close(logits, full[:, 40:], **CLOSE)
+    assert counter.frame_count == before > 0
+    with pytest.raises(ValueError, match="position_ids go backwards"):
+        model(ids[:, :1], past_key_values=second, position_ids=torch.tensor([[3], [3]]))
+    torch._dynamo.reset()
+
+
+def test_compiled_generation():
+    """The prompt is not a step on a state: it is attended to outside of the compiled code."""
+    torch._dynamo.reset()
+    model = build()
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=-1)
+    plain = model.generate(tokens(n=30), **options)
+    model.forward = torch.compile(model.forward, backend="eager")
+    torch.testing.assert_close(model.generate(tokens(n=30), **options), plain)
+    torch._dynamo.reset()
+
+
+# Saving
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"layer_types": HYBRID}])
+def test_a_saved_state_goes_on(kind, tmp_path):
+    model = build(**kind)
+    ids, mask = tokens(n=120), torch.ones(2, 120, dtype=torch.long)
+    mask[1, :9] = 0
+    cache = MultipoleCache(config=model.config, rollback=10)
+    run(model, ids, [70, 1, 1], mask, cache)
+    cache.save(tmp_path / "state.safetensors")
+    expected, _ = run(model, ids, [1] * 30, mask, cache)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+    for _ in range(2):  # asked more than once
+        loaded = MultipoleCache.load(tmp_path / "state.safetensors", model)
+        assert loaded.get_seq_length() == 72 and loaded.nbytes == sum(x.nbytes for x in _saved(tmp_path / "state.safetensors").values())
+        torch.testing.assert_close(run(model, ids, [1] * 30, mask, loaded)[0], expected, atol=0, rtol=0)
+        loaded.crop(-5)
+    # A question about what was read.
+    text, mask = torch.cat([ids[:, :72], ids[:, :4]], 1), mask[:, :76]
+    options = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=-1)
+    loaded = MultipoleCache.load(tmp_path / "state.safetensors", model)
+    torch.testing.assert_close(model.generate(text, past_key_values=loaded, **options), model.generate(text, **options))
+
+
+def _saved(path):
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def test_states_of_other_models_and_damaged_files_are_refused(tmp_path):
+    model, path = build(), tmp_path / "state.safetensors"
+    _, cache = run(model, tokens(), [40], cache=MultipoleCache(config=model.config))
+    cache.save(path)
+    with pytest.raises(FileNotFoundError, match="no state file"):
+        MultipoleCache.load(tmp_path / "nothing", model)
+    for other in (
+        randomise(copy.deepcopy(model), seed=9),
+        copy.deepcopy(model).float(),
+        build(rope_parameters={"rope_type": "default", "rope_theta": 5e4}),
+    ):
+        with pytest.raises(ValueError, match="state of another model"):
+            MultipoleCache.load(path, other)
+    content = path.read_bytes()
+    for damaged in (content[:-100], content[:5], b"", b"\xff" * 64):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged, or not a state file"):
+            MultipoleCache.load(path, model)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a state file of this version"):
+        MultipoleCache.load(path, model)
+    with pytest.raises(ValueError, match="nothing to save"):
+        MultipoleCache(config=model.config).save(path)
+
+
+def test_a_failed_save_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    model, path = build(), tmp_path / "state.safetensors"
+    _, cache = run(model, tokens(), [40], cache=MultipoleCache(config=model.config))
+    cache.save(path)
+    before = path.read_bytes()
+
+    def full_disk(tensors, name, metadata):
+        name.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("hf_multipole.modeling.cache_multipole.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        cache.save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# Bad input: one clear error, and the state as it was
+
+
+@pytest.fixture
+def filled():
+    model = build(layer_types=HYBRID)
+    ids, mask = tokens(n=80), torch.ones(2, 80, dtype=torch.long)
+    mask[1, :5] = 0
+    _, cache = run(model, ids, [60], mask)
+    yield model, ids, mask, cache
+    rest, _ = run(model, ids, [20], mask, cache)
+    expected, _ = run(model, ids, [80], mask)
+    torch.testing.assert_close(rest, expected[:, 60:], **CLOSE)
+
+
+def check_refused(filled, message, ids=None, model=None, error=ValueError, **inputs):
+    owner, all_ids, mask, cache = filled
+    inputs = {"attention_mask": mask[:, :62]} | inputs
+    with pytest.raises(error, match=message), torch.no_grad():
+        (model or owner)(all_ids[:, 60:62] if ids is None else ids, past_key_values=cache, **inputs)
+
+
+def test_another_batch_size(filled):
+    check_refused(filled, "batch of 2 rows, but the input has 1", ids=filled[1][:1, 60:62], attention_mask=filled[2][:1, :62])
+
+
+def test_positions_that_go_backwards(filled):
+    check_refused(filled, "position_ids go backwards: row 0 continues at 7", position_ids=torch.tensor([[7, 8], [55, 56]]))
+
+
+@pytest.mark.parametrize("columns", [slice(0, 5), slice(0, 4), slice(0, 8)])
+def test_a_mask_that_contradicts_the_state(filled, columns):
+    mask = torch.ones(2, 62, dtype=torch.long)
+    mask[1, columns] = 0
+    if columns == slice(0, 5):
+        mask[0, 0] = 0
+    check_refused(filled, "attention_mask contradicts the cache", attention_mask=mask)
+
+
+def test_a_mask_that_is_left_out(filled):
+    check_refused(filled, "attention_mask contradicts the cache: row 1 began with 5", attention_mask=None)
+
+
+def test_a_mask_of_the_wrong_length(filled):
+    check_refused(filled, "attention_mask has shape", attention_mask=filled[2][:, :61])
+
+
+def test_padding_within_a_row(filled):
+    mask = filled[2][:, :62].clone()
+    mask[0, 60] = 0
+    check_refused(filled, "padding between the tokens of the cache and the new ones in row 0", attention_mask=mask)
+
+
+def test_weights_of_dropped_tokens(filled):
+    check_refused(filled, "has dropped the older keys", output_attentions=True)
+
+
+def test_dropout_in_generation():
+    model = build(attention_dropout=0.1)
+    _, cache = run(model, tokens(), [40])
+    with pytest.raises(ValueError, match="no dropout.*eval"):
+        model.train()(tokens()[:, 40:], past_key_values=cache)
+
+
+def test_padding_after_the_tokens():
+    """A right-padded batch can be read, but not continued."""
+    model = build()
+    ids, mask = pad(tokens(), right=4)
+    out = model(ids, attention_mask=mask)
+    torch.testing.assert_close(out.logits[:, :TOKENS], model(tokens(), use_cache=False).logits, **CLOSE)
+    with pytest.raises(ValueError, match="padding between the tokens of the cache"):
+        model(ids[:, :1], past_key_values=out.past_key_values, attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1))
+
+
+def test_another_model():
+    model = build()
+    _, cache = run(model, tokens(), [40])
+    for other in (build(head_dim=4), build(num_key_value_heads=4), build(dtype=torch.float32), build(block_size=4)):
+        with pytest.raises(ValueError, match="filled by another model"):
+            run(other, tokens(), [1], cache=cache)
+    # The same sizes, but other weights: a MultipoleCache knows its model.
+    _, cache = run(model, tokens(), [40], cache=MultipoleCache(config=model.config))
+    with pytest.raises(ValueError, match="filled by another model"):
+        run(copy.deepcopy(model), tokens(), [1], cache=cache)
+    logits, _ = run(model, tokens(), [35], cache=cache)
+    torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits[:, 40:], **CLOSE)
+
+
+def test_direct_summaries_beyond_their_length():
+    model = build(summary="direct", max_position_embeddings=64)
+    ids = tokens(n=130)
+    _, cache = run(model, ids, [60])
+    with pytest.raises(ValueError, match="at most 64 tokens"):
+        run(model, ids, [70], cache=cache)
+    logits, _ = run(model, ids, [4], cache=cache)
+    torch.testing.assert_close(logits, model(ids[:, :64], use_cache=False).logits[:, 60:], **CLOSE)
+    with pytest.raises(ValueError, match="at most 64 tokens"):
+        run(model, ids, [1] * 66, cache=cache)
+
+
+def test_a_bidirectional_model_has_no_cache():
+    model = build(is_causal=False)
+    assert model(tokens(), use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match="past_key_values.*is_causal=False.*use_cache=False"):
+        model(tokens(), past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="bidirectional.*is_causal=False"):
+        model.generate(tokens(), max_new_tokens=2)
+
+
+def test_a_cache_is_kept_only_where_it_can_be_used():
+    model = build()
+    assert model(tokens()).past_key_values.get_seq_length() == TOKENS
+    assert model(tokens(), use_cache=False).past_key_values is None
+    assert build(use_cache=False)(tokens()).past_key_values is None
+    assert model.train()(tokens()).past_key_values is None
+
+
+def test_the_saved_description_is_json(tmp_path):
+    model = build()
+    _, cache = run(model, tokens(), [40], cache=MultipoleCache(config=model.config))
+    cache.save(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        layers = json.loads(file.metadata()["layers"])
+    assert [layer["lengths"] for layer in layers] == [[40, 40]] * 2
