@@ -92,6 +92,13 @@ def test_beyond_the_trained_length(summary, chunks):
     logits, cache = run(model, ids, chunks)
     torch.testing.assert_close(logits, model(ids, use_cache=False).logits, **CLOSE)
     assert all(state.levels == 4 for state in states(cache))
+    # Rows of different lengths outgrow the levels at different times.
+    mask = torch.ones(3, 150, dtype=torch.long)
+    mask[1, :45], mask[2, :85] = 0, 0
+    logits, _ = run(model, tokens(rows=3, n=150), chunks, mask)
+    for row, left in enumerate((0, 45, 85)):
+        alone = model(tokens(rows=3, n=150)[row : row + 1, left:], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[row, left:], alone, **CLOSE)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

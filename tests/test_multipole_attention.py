@@ -540,6 +540,9 @@ REFUSED = {
     "negative block size": ({"block_size": -4}, ValueError, "block_size is -4"),
     "fractional block size": ({"block_size": 4.0}, ValueError, "block_size is 4.0"),
     "truth as rank": ({"rank": True}, ValueError, "rank is True"),
+    "bias that is no tensor": ({"far_bias": -6.0}, TypeError, "far_bias is float"),
+    "mask that is no tensor": ({"attention_mask": [[1]]}, TypeError, "attention_mask is list"),
+    "scale that is no number": ({"scale": float("nan")}, ValueError, "scale is nan"),
     "bias of other heads": ({"far_bias": torch.zeros(3, 2)}, ValueError, "far_bias has shape"),
     "bias without levels": ({"far_bias": torch.zeros(2, 0)}, ValueError, "far_bias has shape"),
     "bias of one dimension": ({"far_bias": torch.zeros(2)}, ValueError, "far_bias has shape"),
@@ -610,3 +613,10 @@ def test_masks_of_every_kind_are_one():
     full = call(multipole_attention)
     call.options["attention_mask"] = None
     assert_within(full, call(multipole_attention), 1e-12, "a full mask", FULL)
+
+
+def test_work_space_made_in_inference_mode_serves_outside_of_it():
+    q = torch.randn(1, 1, 5000, 4)  # more than any call before it needed
+    with torch.inference_mode():
+        inside = multipole_attention(q, q, q, block_size=64)
+    torch.testing.assert_close(multipole_attention(q, q, q, block_size=64), inside.clone())

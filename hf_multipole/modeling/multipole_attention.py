@@ -1,5 +1,7 @@
 """Fast multipole attention: the function, its checks, and what it hands to the operator on blocks (arXiv 2310.11960)."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -257,7 +259,7 @@ def multipole_attention(
     Raises:
         ValueError, TypeError: an argument is of the wrong kind, shape, dtype or device, or not supported.
     """
-    _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, dropout_p)
+    _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, scale, dropout_p)
     check_sizes(block_size, rank)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend is {backend!r}, but must be 'auto' or 'torch'")
@@ -303,7 +305,7 @@ def check_sizes(block_size: int, rank: int) -> None:
         )
 
 
-def _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, dropout_p) -> None:
+def _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, scale, dropout_p) -> None:
     tensors = {"q": q, "k": k, "v": v} | ({} if far_keys is None else {"far_keys": far_keys})
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
@@ -335,6 +337,8 @@ def _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, s
     for name, x in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if x is None:
             continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}, but must be a tensor (batch, n)")
         if x.dim() != 2 or x.shape != (batch, n):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, but must be (batch, n) = {(batch, n)}: "
@@ -344,10 +348,14 @@ def _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, s
             raise TypeError(f"{name} has dtype {x.dtype}, but must be bool or integers: additive masks are not supported")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, but q is on {q.device}: move it there")
+    if not isinstance(far_bias, torch.Tensor | None):
+        raise TypeError(f"far_bias is {type(far_bias).__name__}, but must be a tensor (heads, levels)")
     if far_bias is not None and (far_bias.dim() != 2 or far_bias.shape[0] != heads or far_bias.shape[1] < 1):
         raise ValueError(f"far_bias has shape {tuple(far_bias.shape)}, but must be (heads, levels) with heads = {heads}")
     if far_bias is not None and far_bias.device != q.device:
         raise ValueError(f"far_bias is on {far_bias.device}, but q is on {q.device}: move it there")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}, but must be a finite number, or None for head_dim ** -0.5")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}, but must be positive, or None for none")
     if not 0 <= dropout_p < 1:

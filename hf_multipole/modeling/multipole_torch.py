@@ -36,7 +36,9 @@ def _buffers(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...])
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     kept = getattr(_arena, str(dtype), None)
     if kept is None or kept.numel() < sum(sizes):
-        kept = torch.empty(sum(sizes), dtype=dtype)
+        # Not an inference tensor, even when first needed in inference mode.
+        with torch.inference_mode(False):
+            kept = torch.empty(sum(sizes), dtype=dtype)
         setattr(_arena, str(dtype), kept)
     return [part.view(shape) for part, shape in zip(kept[: sum(sizes)].split(sizes), shapes)]
 

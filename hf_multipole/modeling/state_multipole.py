@@ -103,10 +103,11 @@ class MultipoleState:
         sides = {"keys": (key_summary, rotary), "values": (value_summary, None)}
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if q.shape[2] == 1 and all(row.count for row in new) and not recorded:
-            out = self._step(q, k, v, sides, options, softcap, scale)
-        else:
-            out = self._chunk(q, k, v, new, sides, options, softcap, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            if q.shape[2] == 1 and all(row.count for row in new) and not recorded:
+                out = self._step(q, k, v, new, sides, options, softcap, scale)
+            else:
+                out = self._chunk(q, k, v, new, sides, options, softcap, scale)
         self.seen += q.shape[2]
         self.lengths = [length + row.count for length, row in zip(self.lengths, new)]
         self.longest = [max(pair) for pair in zip(self.lengths, self.longest)]
@@ -160,131 +161,118 @@ class MultipoleState:
         else:
             buffer[rows[:, None], :, slots] = x.transpose(1, 2)
 
-    def _grow(self, length: int) -> int:
-        """Makes room for every level that the token after ``length`` tokens can see; returns the number of levels before.
-
-        A new level's groups are then made from those of the level below, which are all there when it comes to that.
-        """
-        stored = self.levels
-        more = 0 if self.direct else max(0, level_count(length + 1, self.block_size) - stored) * self.groups * self.rank
-        if more:
-            with torch.inference_mode(False):
-                self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
-            self._bias = None
-        return stored
-
     # Summaries
 
-    def _kept(self, name: str, rows, blocks: int, levels: int) -> list[tuple[int, torch.Tensor]]:
-        """For each level the number of the first group at hand, and the groups ``(rows, kv_heads, groups, rank, dim)``."""
-        out = []
-        for level in range(levels):
-            kept = range(max(0, (blocks >> level) - self.groups), blocks >> level)
-            groups = self._read(getattr(self, name), rows, self._group_slots(level, kept))
-            out.append((kept.start, groups.unflatten(2, (-1, self.rank))))
-        return out
+    def _grow(self, length: int, sides, new) -> None:
+        """Makes room for every level that the token after ``length`` tokens can see, in any row."""
+        while not self.direct and self.levels < level_count(length + 1, self.block_size):
+            level = self.levels
+            with torch.inference_mode(False):
+                self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, self.groups * self.rank)) for x in (self.keys, self.values))
+            self._bias = None
+            # No row is longer than two groups of the new level, so that all groups of the level below are there.
+            for past, rows in self._alike(self.lengths):
+                finished = past // (self.block_size << level)
+                if finished:
+                    for name, side in sides.items():
+                        children = self._groups_of(name, side, rows, level - 1, range(2 * finished))
+                        made = side[0](None, None, 2, past=Past(0, [children]))[0][1]
+                        self._keep(name, side, rows, level, finished, made, self._origin(side, rows, new))
 
-    def _extend(self, name: str, side, rows, tokens: torch.Tensor, block: int, stored: int, origin) -> list[torch.Tensor]:
-        """Summarises the whole blocks of ``tokens`` ``(rows, kv_heads, n, dim)``, of which the first is ``block``, and keeps the
-        newest groups. The first ``stored`` levels were kept before. Returns the new groups of each level that has some,
-        ``(rows, kv_heads, groups, rank, dim)``.
+    def _alike(self, keys: list) -> list:
+        """The distinct keys, one a row was given, and the rows of each: their numbers, or None for all."""
+        found = {}
+        for i, key in enumerate(keys):
+            found.setdefault(key, []).append(i)
+        device = self.keys.device
+        return [(key, None if len(rows) == len(keys) else torch.tensor(rows, device=device)) for key, rows in found.items()]
+
+    def _groups_of(self, name: str, side, rows, level: int, groups: range) -> torch.Tensor:
+        """Kept groups of one level as they were summarised, ``(rows, kv_heads, groups, rank, dim)``."""
+        kept = self._read(getattr(self, name), rows, self._group_slots(level, groups)).unflatten(2, (-1, self.rank))
+        return kept if side[1] is None else kept.chunk(2, -1)[1]
+
+    def _keep(self, name: str, side, rows, level: int, last: int, groups: torch.Tensor, origin) -> torch.Tensor:
+        """Keeps the newest of new groups, which end before group ``last``; returns them all, rotated where they have to be."""
+        if side[1] is not None:
+            width = self.block_size << level
+            group = torch.arange(last - groups.shape[2], last, device=groups.device)[:, None]
+            centre = group * width + (torch.arange(self.rank, device=groups.device) + 0.5) * (width / self.rank) - 0.5
+            groups = torch.cat([side[1](groups, origin[:, None, None, None] + centre), groups], -1)
+        count = min(groups.shape[2], self.groups)
+        slots = self._group_slots(level, range(last - count, last))
+        self._write(getattr(self, name), rows, slots, groups[:, :, groups.shape[2] - count :].flatten(2, 3))
+        return groups
+
+    def _extend(self, name: str, side, rows, tokens: torch.Tensor, block: int, origin) -> list[torch.Tensor]:
+        """Summarises the whole blocks of ``tokens`` ``(rows, kv_heads, n, dim)``, of which the first is ``block``, and keeps what
+        may be needed. Returns the new groups of each level that has some, ``(rows, kv_heads, groups, rank, dim)``.
         """
-        summary, rotary = side
-        dim = tokens.shape[-1] // (1 if rotary is None else 2)
-        end = block + tokens.shape[2] // self.block_size
-        levels = sum(end >> level > (block >> level if level < stored else 0) for level in range(self.levels))
-        parts = [end - block]
-        if self.direct:
-            # To go back, the sums after each of the last blocks are needed: these come one by one.
-            single = min(self.spare, end - block)
-            parts = [end - block - single] * (end - block > single) + [1] * single
-        out = None
-        for blocks in parts:
-            piece, tokens = tokens[:, :, : blocks * self.block_size, -dim:], tokens[:, :, blocks * self.block_size :]
-            if self.direct:
-                if stored == 0:
-                    return []
-                levels, sums = stored, getattr(self, name[:-1] + "_sums")
-                held = sums[block % len(sums)]
-                held = (held if rows is None else held[rows]).unbind(2)
-            else:
-                held = []
-                for level in range(levels - 1):
-                    finished = block >> level
-                    if level + 1 < stored:
-                        children = range(finished // 2 * 2, finished)
-                    else:
-                        # The next level is new: all children there are, or, where this one is new as well, those that it makes now.
-                        children = range(0, finished if level < stored else 0)
-                    held.append(self._read(getattr(self, name), rows, self._group_slots(level, children)))
-                held = [children[..., -dim:].unflatten(2, (-1, self.rank)) for children in held]
-            new, held = summary(piece, None, levels, past=Past(block, held))
-            block += blocks
-            if self.direct:
-                sums[block % len(sums), slice(None) if rows is None else rows] = torch.stack(held, 2).detach().to(sums.dtype)
-            for level, groups in enumerate(new):
-                last = block >> level
-                if rotary is not None:
-                    width = self.block_size << level
-                    group = torch.arange(last - groups.shape[2], last, device=groups.device)[:, None]
-                    centre = group * width + (torch.arange(self.rank, device=groups.device) + 0.5) * (width / self.rank) - 0.5
-                    groups = new[level] = torch.cat([rotary(groups, origin[:, None, None, None] + centre), groups], -1)
-                count = min(groups.shape[2], self.groups)
-                slots = self._group_slots(level, range(last - count, last))
-                self._write(getattr(self, name), rows, slots, groups[:, :, groups.shape[2] - count :].flatten(2, 3))
-            out = new if out is None else [torch.cat(pair, 2) for pair in zip(out, new)]
-        return out
+        blocks = tokens.shape[2] // self.block_size
+        plain = tokens if side[1] is None else tokens.chunk(2, -1)[1]
+        if not self.direct:
+            levels = sum((block + blocks) >> level > block >> level for level in range(self.levels))
+            # The child that the open group of the next level has, if any.
+            children = [range((block >> level) // 2 * 2, block >> level) for level in range(levels - 1)]
+            held = [self._groups_of(name, side, rows, level, groups) for level, groups in enumerate(children)]
+            new, _ = side[0](plain, None, levels, past=Past(block, held))
+            return [self._keep(name, side, rows, level, (block + blocks) >> level, x, origin) for level, x in enumerate(new)]
+        if self.levels == 0:
+            return []
+        sums, out = getattr(self, name[:-1] + "_sums"), []
+        # To go back, the sums after each of the last blocks are needed: these come one by one.
+        single = min(self.spare, blocks)
+        for count in [blocks - single] * (blocks > single) + [1] * single:
+            piece, plain = plain.split([count * self.block_size, plain.shape[2] - count * self.block_size], 2)
+            held = sums[block % len(sums)] if rows is None else sums[block % len(sums)][rows]
+            new, held = side[0](piece, None, self.levels, past=Past(block, held.unbind(2)))
+            block += count
+            sums[block % len(sums), slice(None) if rows is None else rows] = torch.stack(held, 2).detach().to(sums.dtype)
+            out.append([self._keep(name, side, rows, level, block >> level, x, origin) for level, x in enumerate(new)])
+        return [torch.cat(pieces, 2) for pieces in zip(*out)]
 
     # Attention
 
     def _chunk(self, q, k, v, new, sides, options, softcap, scale) -> torch.Tensor:
-        alike = {}
-        for i, (length, row) in enumerate(zip(self.lengths, new)):
-            if row.count:
-                alike.setdefault((length, row.start, row.count), []).append(i)
-        out = None
-        for (length, start, count), rows in alike.items():
-            rows = None if len(rows) == len(new) else torch.tensor(rows, device=q.device)
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        self._grow(max(length + row.count for length, row in zip(self.lengths, new)), sides, new)
+        self._bias = None
+        for (past, start, count), rows in self._alike([(length, row.start, row.count) for length, row in zip(self.lengths, new)]):
             part = [x[:, :, start : start + count] if rows is None else x[rows, :, start : start + count] for x in (q, k, v)]
-            got = self._attend_rows(rows, length, *part, new, sides, options, softcap, scale)
-            if rows is None and count == q.shape[2]:
-                return got
-            if out is None:
-                out = got.new_zeros(*q.shape[:3], v.shape[-1])
-            out[slice(None) if rows is None else rows, :, start : start + count] = got
-        return q.new_zeros(*q.shape[:3], v.shape[-1]) if out is None else out
+            if count:
+                got = self._attend_rows(rows, past, *part, new, sides, options, softcap, scale)
+                out[slice(None) if rows is None else rows, :, start : start + count] = got
+        return out
 
     def _attend_rows(self, rows, past: int, q, k, v, new, sides, options, softcap, scale) -> torch.Tensor:
         """Attention of new tokens of rows that all have ``past`` tokens behind them."""
         m, dim, n = self.block_size, q.shape[-1], past + q.shape[2]
         first = max(0, past // m - 1)
         slots = self._token_slots(range(first * m, past))
-        stored = self._grow(n)
-        local, far = {}, {}
+        local, far, begin = {}, {}, []
         for name, x in (("keys", k), ("values", v)):
+            side = sides[name]
             near = local[name] = torch.cat([self._read(getattr(self, name), rows, slots).to(x.dtype), x], 2)
-            groups = self._kept(name, rows, past // m, stored)
-            groups += [(0, x.new_zeros(*near.shape[:2], 0, self.rank, x.shape[-1], dtype=self.keys.dtype))] * (self.levels - stored)
+            kept = [range(max(0, (past // m >> level) - self.groups), past // m >> level) for level in range(self.levels)]
+            begin = [groups.start for groups in kept]
+            groups = [self._read(getattr(self, name), rows, self._group_slots(level, groups)) for level, groups in enumerate(kept)]
             if n // m > past // m:
                 whole = near[:, :, (past // m - first) * m : (n // m - first) * m]
-                made = self._extend(name, sides[name], rows, whole, past // m, stored, self._origin(sides[name], rows, new))
-                groups[: len(made)] = [(start, torch.cat([old, more], 2)) for (start, old), more in zip(groups, made)]
+                made = self._extend(name, side, rows, whole, past // m, self._origin(side, rows, new))
+                groups[: len(made)] = [torch.cat([old, more.flatten(2, 3)], 2) for old, more in zip(groups, made)]
             far[name] = groups[: level_count(n, m)]
             fresh = range(max(past, n - self.ring), n)
             self._write(getattr(self, name), rows, self._token_slots(fresh), x[:, :, fresh.start - past :])
-        self._bias = None
 
         columns = far_columns(n, m, level_count(n, m), True, first, q.device)
-        like = {"dtype": torch.long, "device": q.device}
-        begin = torch.tensor([start for start, _ in far["keys"]], **like)[columns.level - 1]
-        count = torch.tensor([groups.shape[2] for _, groups in far["keys"]], **like)
-        before = (count.cumsum(0) - count)[columns.level - 1]
-        row = (columns.first // columns.width - begin).clamp(min=0).minimum(count[columns.level - 1] - 1) + before
+        # The groups at hand of all levels, one after another.
+        count = [groups.shape[2] // self.rank for groups in far["keys"]]
+        table = torch.tensor([(i, c, sum(count[:level])) for level, (i, c) in enumerate(zip(begin, count))], device=q.device)
+        begin, count, before = table.reshape(-1, 3).long()[columns.level - 1].unbind(1)
+        row = (columns.first // columns.width - begin).clamp(min=0).minimum(count - 1) + before
         row, bias = far_field(columns._replace(row=row), None, None, self.rank, kv_heads=k.shape[1], dtype=self.keys.dtype, **options)
-        far_k, far_v = (
-            torch.cat([x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=self.keys.dtype)] + [g.flatten(2, 3) for _, g in far[name]], 2)
-            for name, x in (("keys", k), ("values", v))
-        )
+        empty = (x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=self.keys.dtype) for x in (k, v))
+        far_k, far_v = (torch.cat([none, *groups], 2) for none, groups in zip(empty, far.values()))
         before, after = past - first * m, -n % m
         q, k, v = (nn.functional.pad(x, (0, 0, pad, after)) for x, pad in ((q, before), (local["keys"], 0), (local["values"], 0)))
         out = attend_blocks(q, k[..., :dim], v, far_k[..., :dim], far_v, row, bias, None, m, True, scale, softcap)
@@ -300,7 +288,7 @@ class MultipoleState:
         origin = torch.tensor(known, device=self.keys.device)
         return origin if rows is None else origin[rows]
 
-    def _step(self, q, k, v, sides, options, softcap, scale) -> torch.Tensor:
+    def _step(self, q, k, v, new, sides, options, softcap, scale) -> torch.Tensor:
         """Attention of one more token in every row: all slots at once."""
         batch, heads, _, dim = q.shape
         kv_heads, m = k.shape[1], self.block_size
@@ -312,14 +300,12 @@ class MultipoleState:
             slot = torch.tensor([length % self.ring for length in self.lengths], device=q.device)
             every = torch.arange(batch, device=q.device)
             self.keys[every, :, slot], self.values[every, :, slot] = (x[:, :, 0].to(self.keys.dtype) for x in (k, v))
-        new = [NewTokens(0, 1, position) for position in self.positions]
-        for length in {length for length in lengths if length % m == 0}:
-            rows = [i for i, other in enumerate(lengths) if other == length]
-            rows = None if len(rows) == batch else torch.tensor(rows, device=q.device)
-            stored = self._grow(length)
-            for name in ("keys", "values"):
-                block = self._read(getattr(self, name), rows, self._token_slots(range(length - m, length)))
-                self._extend(name, sides[name], rows, block, length // m - 1, stored, self._origin(sides[name], rows, new))
+        if any(length % m == 0 for length in lengths):
+            self._grow(max(lengths), sides, new)
+            for length, rows in self._alike(lengths):
+                for name, side in sides.items() if length % m == 0 else ():
+                    block = self._read(getattr(self, name), rows, self._token_slots(range(length - m, length)))
+                    self._extend(name, side, rows, block, length // m - 1, self._origin(side, rows, new))
         if self._bias is None or any(length % m == 1 or m == 1 for length in lengths):
             self._bias = self._visible(lengths, heads, **options)
         elif isinstance(slot, int):

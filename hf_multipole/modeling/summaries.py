@@ -173,8 +173,8 @@ class MeanSummary(nn.Module):
         return tokens, out
 
     def _extend(self, tokens: torch.Tensor, levels: int, past: Past) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The groups of each level that ``tokens``, whole blocks, finish, and what the open groups hold then."""
-        new = self._first(tokens, False)[1]
+        """The groups of each level that ``tokens``, whole blocks or None, finish, and what the open groups hold then."""
+        new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, False)[1]
         out = [new]
         for held in past.held[: levels - 1]:
             children = torch.cat([held.to(new.dtype), new], 2)
