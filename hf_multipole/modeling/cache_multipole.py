@@ -142,7 +142,8 @@ class _StateLayer:
         """Takes back ``-tokens_to_remove`` tokens; up to ``rollback`` of them. A positive number is the length to keep."""
         if self.state is None:
             return super().crop(tokens_to_remove)
-        self.state.take_back(-tokens_to_remove if tokens_to_remove <= 0 else max(0, self.state.seen - tokens_to_remove))
+        count = int(tokens_to_remove)  # some versions of generate pass a tensor
+        self.state.take_back(-count if count <= 0 else max(0, self.state.seen - count))
 
     def reset(self) -> None:
         if self.state is None:
