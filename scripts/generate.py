@@ -46,8 +46,8 @@ def prepare(args):
     text = args.prompt if args.prompt is not None else args.prompt_file.read_text(encoding="utf-8")
     if not text:
         raise ValueError("the prompt is empty")
-    if args.save_state and not args.save_state.parent.is_dir():
-        raise ValueError(f"--save-state {args.save_state}: there is no folder {args.save_state.parent}")
+    if args.save_state and (args.save_state.is_dir() or not args.save_state.parent.is_dir()):
+        raise ValueError(f"--save-state {args.save_state} must be a file in a folder that exists")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
@@ -63,13 +63,17 @@ def read(model, ids, cache, chunk: int) -> None:
             bar.update(part.shape[1])
 
 
-@torch.inference_mode()
 def main() -> None:
     args = parse()
     try:
-        text, tokenizer, model, ids, cache = prepare(args)
+        run(args)
     except (ValueError, OSError, HFValidationError, StrictDataclassError) as error:
         sys.exit(f"generate.py: {str(error.__cause__ or error).splitlines()[0]}")
+
+
+@torch.inference_mode()
+def run(args) -> None:
+    text, tokenizer, model, ids, cache = prepare(args)
     set_seed(args.seed)
     read(model, ids, cache, args.chunk)
     if args.save_state:

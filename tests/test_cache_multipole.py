@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from tiny_models import BLOCK, CLOSE, HYBRID, RANK, TOKENS, build, pad, randomis
 from transformers import DynamicCache, StoppingCriteria, TextStreamer
 
 from hf_multipole import MultipoleCache
+from hf_multipole.modeling.state_multipole import MultipoleState
 
 KINDS = [{"summary": "hierarchical"}, {"summary": "mean"}, {"summary": "direct"}, {"rotate_summaries": True}]
+KINDS += [{"summary": "direct", "rotate_summaries": True}]
+FULL_FIRST = HYBRID[1:]
 
 
 def run(model, ids, chunks, mask=None, cache=None, **kwargs):
@@ -161,7 +165,7 @@ def test_the_size_does_not_grow(kind):
     state = states(cache)[0]
     # 64 tokens can be taken back: 8 blocks beside the two that are seen, and 8 groups beside the three of each of 6 levels.
     slots = (2 + 8) * BLOCK + 6 * (3 + 8) * RANK
-    assert state.keys.shape[2] == state.values.shape[2] == slots
+    assert state.keys.slots.shape[2] == state.values.slots.shape[2] == slots
 
 
 def test_a_prompt_in_inference_mode_and_steps_outside():
@@ -169,6 +173,7 @@ def test_a_prompt_in_inference_mode_and_steps_outside():
     with torch.inference_mode():
         cache = model(tokens()[:, :41]).past_key_values
         model(tokens()[:, 41:42], past_key_values=cache)
+        cache = copy.deepcopy(cache)
     logits, _ = run(model, tokens(), [1] * 33, cache=cache)
     torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits[:, 42:], **CLOSE)
 
@@ -178,18 +183,20 @@ def test_a_prompt_in_inference_mode_and_steps_outside():
 
 @pytest.mark.parametrize("kind", [*KINDS, {"layer_types": HYBRID}])
 @pytest.mark.parametrize("rollback", [1, 20, 64])
-def test_taking_tokens_back(kind, rollback):
+@pytest.mark.parametrize("length", [80, 130])
+def test_taking_tokens_back(kind, rollback, length):
+    """And going on with others: what was made of the old ones must not be seen."""
     model = build(**kind)
-    ids = tokens(n=200)
-    full = model(ids, use_cache=False).logits
+    text = tokens(n=length)
     cache = MultipoleCache(config=model.config, rollback=rollback)
-    _, cache = run(model, ids, [130], cache=cache)
+    _, cache = run(model, text, [length], cache=cache)
     kept = -(-rollback // BLOCK) * BLOCK
-    for back, again in ((1, [1]), (3, [1, 4]), (kept, [kept]), (kept // 2, [1] * (kept // 2)), (2, [1, 1, 33])):
+    for i, (back, again) in enumerate(((1, [1]), (3, [1, 4]), (kept, [kept]), (kept // 2, [1] * (kept // 2)), (2, [1, 1, 33]))):
         cache.crop(-back)
         length = cache.get_seq_length()
-        logits, cache = run(model, ids, again, cache=cache)
-        torch.testing.assert_close(logits, full[:, length : length + sum(again)], **CLOSE)
+        text = torch.cat([text[:, :length], tokens(n=sum(again), seed=i + 7)], 1)
+        logits, cache = run(model, text, again, cache=cache)
+        torch.testing.assert_close(logits, model(text, use_cache=False).logits[:, length:], **CLOSE)
 
 
 def test_taking_back_padded_rows():
@@ -316,7 +323,9 @@ def test_sampling(count):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"layer_types": HYBRID}])
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"prefill_chunk_size": 7}])
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"prefill_chunk_size": 7}, {"assistant_early_exit": 1}]
+)
 def test_other_ways_of_generating(options, kind):
     """Speculative decoding takes tokens back; the prompt may come in pieces."""
     model, options = build(**kind), dict(options)
@@ -381,7 +390,7 @@ def test_an_offloaded_cache():
     torch.testing.assert_close(model.generate(tokens(), past_key_values=cache, **options), plain)
 
 
-@pytest.mark.parametrize("kind", [{}, {"rotate_summaries": True}, {"summary": "direct"}])
+@pytest.mark.parametrize("kind", [{}, {"rotate_summaries": True}, {"summary": "direct"}, {"layer_types": FULL_FIRST}])
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_steps_are_not_compiled_again(masked, kind):
     """The shapes of the state are fixed: after the first steps, nothing is compiled again as the text grows."""
@@ -400,20 +409,44 @@ def test_compiled_steps_are_not_compiled_again(masked, kind):
     before = counter.frame_count
     logits, _ = run(model, ids, [1] * 110, mask, second)
     torch.testing.assert_close(logits, full[:, 40:], **CLOSE)
-    assert counter.frame_count == before > 0
-    with pytest.raises(ValueError, match="position_ids go backwards"):
+    # Full attention sees ever more keys: compiled once more, for any number of them.
+    assert 0 < before <= counter.frame_count <= before + ("layer_types" in kind)
+    with pytest.raises(ValueError, match="position_ids go backwards"), torch.no_grad():
         model(ids[:, :1], past_key_values=second, position_ids=torch.tensor([[3], [3]]))
     torch._dynamo.reset()
 
 
-def test_compiled_generation():
+def test_compiled_generation(tmp_path):
     """The prompt is not a step on a state: it is attended to outside of the compiled code."""
     torch._dynamo.reset()
     model = build()
     options = dict(max_new_tokens=30, do_sample=False, eos_token_id=-1)
     plain = model.generate(tokens(n=30), **options)
-    model.forward = torch.compile(model.forward, backend="eager")
-    torch.testing.assert_close(model.generate(tokens(n=30), **options), plain)
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    cache = MultipoleCache(config=model.config)
+    torch.testing.assert_close(model.generate(tokens(n=30), past_key_values=cache, **options), plain)
+    cache.save(tmp_path / "state")  # it knows its model
+    torch._dynamo.reset()
+
+
+def test_compiled_steps_change_every_layer():
+    """Also a layer whose output nobody asked for; and with gradients enabled, a step gives those of the eager one."""
+    torch._dynamo.reset()
+    model = build()
+    _, cache = run(model, tokens(), [40])
+    compiled = torch.compile(lambda x: model(x, past_key_values=cache, output_hidden_states=True).hidden_states[1], backend="aot_eager")
+    with torch.no_grad():
+        for i in range(40, 45):
+            compiled(tokens()[:, i : i + 1])
+    assert [state.seen for state in states(cache)] == [45, 45]
+    other = copy.deepcopy(model)
+    _, second = run(other, tokens(), [45])
+    other.forward = torch.compile(other.forward, backend="aot_eager")
+    losses = [m(tokens()[:, 45:46], past_key_values=c).logits.square().sum() for m, c in ((model, cache), (other, second))]
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, **CLOSE)
     torch._dynamo.reset()
 
 
@@ -491,12 +524,12 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 # Bad input: one clear error, and the state as it was
 
 
-@pytest.fixture
-def filled():
-    model = build(layer_types=HYBRID)
+@pytest.fixture(params=[HYBRID, FULL_FIRST], ids=["multipole first", "full first"])
+def filled(request):
+    model = build(layer_types=request.param)
     ids, mask = tokens(n=80), torch.ones(2, 80, dtype=torch.long)
     mask[1, :5] = 0
-    _, cache = run(model, ids, [60], mask)
+    _, cache = run(model, ids, [60], mask, MultipoleCache(config=model.config, rollback=BLOCK))
     yield model, ids, mask, cache
     rest, _ = run(model, ids, [20], mask, cache)
     expected, _ = run(model, ids, [80], mask)
@@ -514,8 +547,42 @@ def test_another_batch_size(filled):
     check_refused(filled, "batch of 2 rows, but the input has 1", ids=filled[1][:1, 60:62], attention_mask=filled[2][:1, :62])
 
 
-def test_positions_that_go_backwards(filled):
+def test_positions_that_do_not_go_on(filled):
     check_refused(filled, "position_ids go backwards: row 0 continues at 7", position_ids=torch.tensor([[7, 8], [55, 56]]))
+    check_refused(filled, "position_ids leave a gap: row 1 continues at 57", position_ids=torch.tensor([[60, 61], [57, 58]]))
+
+
+def test_packed_rows_have_no_cache():
+    model = build()
+    position_ids = torch.cat([torch.arange(40), torch.arange(35)])[None]
+    with pytest.raises(ValueError, match="position_ids of row 0 do not go up by one"):
+        model(tokens(), position_ids=position_ids, past_key_values=MultipoleCache(config=model.config))
+    assert model(tokens(), position_ids=position_ids).past_key_values is None
+    with pytest.raises(ValueError, match="rotate_summaries needs position_ids that go up by one"):
+        build(rotate_summaries=True)(tokens(), position_ids=position_ids, attention_mask=torch.ones(2, TOKENS, dtype=torch.long))
+
+
+def test_cropping_too_far(filled):
+    with pytest.raises(ValueError, match="can take back 8 more tokens"):
+        filled[3].crop(-30)
+
+
+def test_exact_attention_on_a_state(filled):
+    model = filled[0]
+    model.set_attn_implementation("sdpa")
+    check_refused(filled, "has dropped the older keys")
+    model.set_attn_implementation("multipole")
+
+
+def test_a_model_of_other_layers(filled):
+    owner, _, _, cache = filled
+    cache._model = None  # as if it were an ordinary DynamicCache
+    check_refused(filled, "made for a model of . layers, but this one has 4", model=build(layer_types=["multipole_attention"] * 4))
+    cache._model = None
+    check_refused(filled, "filled by another model: its block_size", model=build(layer_types=owner.config.layer_types, block_size=4))
+    cache._model = None
+    check_refused(filled, "filled by another model: it holds", model=build(layer_types=owner.config.layer_types, head_dim=4))
+    cache._model = None
 
 
 @pytest.mark.parametrize("columns", [slice(0, 5), slice(0, 4), slice(0, 8)])
@@ -552,14 +619,44 @@ def test_dropout_in_generation():
         model.train()(tokens()[:, 40:], past_key_values=cache)
 
 
-def test_padding_after_the_tokens():
-    """A right-padded batch can be read, but not continued."""
+@pytest.mark.parametrize("chunks", [[79], [20, 20, 39], [40] + [1] * 39])
+@pytest.mark.parametrize("left", [0, 3])
+def test_padding_after_the_tokens(chunks, left):
+    """A right-padded batch can be read, in pieces as well, but such a row cannot be continued."""
     model = build()
-    ids, mask = pad(tokens(), right=4)
-    out = model(ids, attention_mask=mask)
-    torch.testing.assert_close(out.logits[:, :TOKENS], model(tokens(), use_cache=False).logits, **CLOSE)
+    ids, mask = tokens(n=79), torch.ones(2, 79, dtype=torch.long)
+    mask[1, 20:], mask[1, :left] = 0, 0
+    logits, cache = run(model, ids, chunks, mask)
+    torch.testing.assert_close(logits[1, left:20], model(ids[1:, left:20], use_cache=False).logits[0], **CLOSE)
+    torch.testing.assert_close(logits[0], model(ids[:1], use_cache=False).logits[0], **CLOSE)
     with pytest.raises(ValueError, match="padding between the tokens of the cache"):
-        model(ids[:, :1], past_key_values=out.past_key_values, attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1))
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1))
+
+
+def test_an_interrupted_call(monkeypatch):
+    """Nothing was taken in by the layer that failed; layers that are out of step are noticed."""
+    model = build()
+    _, cache = run(model, tokens(), [40])
+    attend, calls = MultipoleState._attend_rows, []
+
+    def fail(self, *arguments):
+        calls.append(1)
+        if len(calls) == failing:
+            raise MemoryError
+        return attend(self, *arguments)
+
+    monkeypatch.setattr(MultipoleState, "_attend_rows", fail)
+    failing = 1
+    with pytest.raises(MemoryError):
+        run(model, tokens(), [35], cache=cache)
+    logits, _ = run(model, tokens(), [3, 2], cache=cache)
+    torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits[:, 40:45], **CLOSE)
+    calls.clear()
+    failing = 2
+    with pytest.raises(MemoryError):
+        run(model, tokens(), [30], cache=cache)
+    with pytest.raises(ValueError, match="an earlier call was interrupted"):
+        model(tokens()[:, :3], past_key_values=cache)
 
 
 def test_another_model():
@@ -568,10 +665,12 @@ def test_another_model():
     for other in (build(head_dim=4), build(num_key_value_heads=4), build(dtype=torch.float32), build(block_size=4)):
         with pytest.raises(ValueError, match="filled by another model"):
             run(other, tokens(), [1], cache=cache)
-    # The same sizes, but other weights: a MultipoleCache knows its model.
+    # The same sizes, but other weights: a MultipoleCache knows its model, and so does its copy, but not one that went through pickle.
     _, cache = run(model, tokens(), [40], cache=MultipoleCache(config=model.config))
-    with pytest.raises(ValueError, match="filled by another model"):
-        run(copy.deepcopy(model), tokens(), [1], cache=cache)
+    for known in (cache, copy.deepcopy(cache)):
+        with pytest.raises(ValueError, match="filled by another model"):
+            run(copy.deepcopy(model), tokens(), [1], cache=known)
+    run(copy.deepcopy(model), tokens(), [1], cache=pickle.loads(pickle.dumps(cache)))
     logits, _ = run(model, tokens(), [35], cache=cache)
     torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits[:, 40:], **CLOSE)
 
@@ -611,4 +710,4 @@ def test_the_saved_description_is_json(tmp_path):
     cache.save(tmp_path / "state")
     with safe_open(tmp_path / "state", "pt") as file:
         layers = json.loads(file.metadata()["layers"])
-    assert [layer["lengths"] for layer in layers] == [[40, 40]] * 2
+    assert [[row["length"] for row in layer["rows"]] for layer in layers] == [[40, 40]] * 2

@@ -1,14 +1,12 @@
 """Multipole attention as an attention implementation of Transformers: the attention function and its mask function."""
 
-import weakref
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
-from .cache_multipole import attend_state
+from .cache_multipole import OUT_OF_STEP, numbered
 from .hierarchy import Alignment, align_rows, block_of, check_rows
 from .multipole_attention import aligned_attention, check_sizes
 from .state_multipole import MultipoleState, NewTokens
@@ -20,6 +18,9 @@ _UNSUPPORTED = {
     "s_aux": "models with attention sinks need 'eager' or 'sdpa'",
     "head_mask": "prune heads instead",
 }
+
+
+NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
 
 
 @dataclass(eq=False)
@@ -75,34 +76,37 @@ class MultipoleMask:
             count = torch.full_like(start, self.queries)
         if self.position_ids is None:
             return [NewTokens(*row) for row in torch.stack([start, count], 1).tolist()]
-        position = self.position_ids.expand(self.batch, -1).gather(1, start.to(self.position_ids.device)[:, None])[:, 0]
-        return [NewTokens(*row) for row in torch.stack([start.to(position.device), count.to(position.device), position], 1).tolist()]
+        positions = self.position_ids.expand(self.batch, -1)
+        start, count = (x.to(positions.device) for x in (start, count))
+        column = torch.arange(1, self.queries, device=positions.device)
+        real = (column > start[:, None]) & (column < (start + count)[:, None])
+        even = ((positions.diff(dim=1) == 1) | ~real).all(1)
+        rows = torch.stack([start, count, positions.gather(1, start[:, None])[:, 0], even], 1).tolist()
+        return [NewTokens(start, count, position if even else None) for start, count, position, even in rows]
 
     def check_past(self, state: MultipoleState) -> None:
-        """Raises ValueError where the tokens do not continue a generation state, or the mask contradicts it; a few columns are
-        looked at, so that the cost of a step does not grow with the length.
+        """Raises ValueError where the mask contradicts a generation state, or the tokens do not continue it. A few columns are
+        looked at, so that the cost of a step does not grow with the length: not holes in what was read before.
         """
-        state.check_batch(self.batch)
-        if not self._past_checked:
-            self._check_mask(state.lengths, state.closed)
+        if len(state.rows) == self.batch and not self._past_checked:
+            self._check_mask(state)
             self._past_checked = True
         state.check(self.new_tokens)
 
-    def _check_mask(self, lengths: list[int], closed: list[bool]) -> None:
-        past = self.length - self.queries
-        padding = [0 if shut else past - length for length, shut in zip(lengths, closed)]
+    def _check_mask(self, state: MultipoleState) -> None:
+        past = state.seen
         if past == 0:
             return
         if self.attention_mask is None:
-            wrong = [i for i, length in enumerate(lengths) if length != past]
+            wrong = [i for i, row in enumerate(state.rows) if row.length != past]
         else:
-            columns = torch.tensor([[max(pad - 1, 0), min(pad, past - 1)] for pad in padding], device=self.attention_mask.device)
-            found = self.attention_mask.gather(1, columns).tolist()
-            wrong = [i for i, pad in enumerate(padding) if found[i] != [pad == 0 and lengths[i] > 0, lengths[i] > 0]]
+            columns = [[max(row.begin - 1, 0), min(row.begin, past - 1)] for row in state.rows]
+            found = self.attention_mask.gather(1, torch.tensor(columns, device=self.attention_mask.device)).tolist()
+            wrong = [i for i, row in enumerate(state.rows) if found[i] != [row.begin == 0 and row.length > 0, row.length > 0]]
         if wrong:
             raise ValueError(
-                f"attention_mask contradicts the cache: row {wrong[0]} began with {padding[wrong[0]]} padding tokens when it was "
-                "filled; pass the mask of all tokens so far"
+                f"attention_mask contradicts the cache: row {wrong[0]} began with {state.rows[wrong[0]].begin} padding tokens when it "
+                "was filled; pass the mask of all tokens so far"
             )
 
 
@@ -168,35 +172,58 @@ def multipole_mask(
 
 
 @torch.compiler.disable
-def check_past(past_key_values, mask: MultipoleMask) -> None:
-    """Before any layer takes something in: raises ValueError where new tokens do not continue the states of a cache."""
-    for layer in past_key_values.layers:
-        if getattr(layer, "state", None) is not None:
-            mask.check_past(layer.state)
-
-
-@torch.compiler.disable
 def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, rotary) -> torch.Tensor:
     """Attention on the state of a cache layer."""
+    length = layer.get_seq_length()
+    if mask.length != length + q.shape[2]:
+        raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    out = layer.attend(
-        q, k, v, mask.new_tokens, max_length=module.config.max_position_embeddings, rotary=rotary, **_options(module, softcap, scale)
-    )
-    if layer.again is None:
-        # Not the module itself: the cache must not keep a model alive.
-        layer.again = partial(_attend_again, weakref.ref(module), softcap, scale, rotary and weakref.WeakMethod(rotary))
-    return out
+    options = _options(module, softcap, scale)
+    return layer.attend(q, k, v, mask.new_tokens, max_length=module.config.max_position_embeddings, rotary=rotary, **options)
 
 
-def _attend_again(module, softcap, scale, rotary, layer, q, k, v, attention_mask, position_ids) -> torch.Tensor:
-    module, seen = module(), layer.get_seq_length()
+@torch.library.custom_op(__name__.replace(".", "_") + "::attend_state", mutates_args=("layer",))
+def attend_state(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    softcap: float | None,
+    scale: float | None,
+    layer: torch.Tensor,
+    module: int,
+    rotary: int | None,
+) -> torch.Tensor:
+    """Attention on a state from within compiled code, which names the cache layer, the attention module and the model that
+    rotates its summaries by their numbers. That the layer changes is said of the tensor that holds its number.
+    """
+    state_layer, attention = numbered(int(layer)), numbered(module)
+    seen = state_layer.get_seq_length()
     length = seen + q.shape[2] if attention_mask is None else attention_mask.shape[1]
     if length != seen + q.shape[2]:
         raise ValueError(f"attention_mask has {length} tokens, but the cache and the input have {seen} + {q.shape[2]}")
-    block_size = attention_options(module.config)["block_size"]
+    block_size = attention_options(attention.config)["block_size"]
     mask = MultipoleMask(True, len(q), q.shape[2], length, block_size, attention_mask, None, position_ids)
-    return _attend_past(module, layer, q, k, v, mask, softcap, scale, rotary and rotary())
+    rotary = None if rotary is None else numbered(rotary).rotate_at
+    return _attend_past(attention, state_layer, q, k, v, mask, softcap, scale, rotary).contiguous()
+
+
+@attend_state.register_fake
+def _(q, k, v, *_):
+    return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+@torch.library.custom_op(__name__.replace(".", "_") + "::seen", mutates_args=())
+def seen(layer: torch.Tensor) -> torch.Tensor:
+    """Tokens that a cache layer has seen, ``()`` int64."""
+    return torch.tensor(numbered(int(layer)).get_seq_length())
+
+
+@seen.register_fake
+def _(layer):
+    return torch.empty((), dtype=torch.long)
 
 
 def _options(module, softcap, scale, key_summary=None) -> dict:
@@ -241,11 +268,9 @@ def multipole_attention_forward(
             "masks over pairs of tokens are not supported, and models that make their own masks need 'sdpa'"
         )
     past = getattr(key, "layer", None)
-    compiled = past is not None and torch.compiler.is_compiling() and past.again is not None
-    length = attention_mask.length if compiled else key.shape[2] if past is None else past.get_seq_length() + query.shape[2]
-    if attention_mask.length != length:
+    if past is None and attention_mask.length != key.shape[2]:
         raise ValueError(
-            f"the mask is for {attention_mask.length} keys, but there are {length}: "
+            f"the mask is for {attention_mask.length} keys, but there are {key.shape[2]}: "
             "cross-attention and static caches are not supported by attn_implementation='multipole'"
         )
     if kwargs.get("is_causal") not in (None, attention_mask.causal) and query.shape[2] > 1:
@@ -260,13 +285,15 @@ def multipole_attention_forward(
     tokens = key if past is None else key.new
     if torch.is_autocast_enabled(query.device.type):
         query, tokens, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, tokens, value))
-    if past is not None and dropout:
-        raise ValueError("a generation state has no dropout: call model.eval(), or pass use_cache=False in training")
-    if compiled:
-        out = attend_state(query, tokens, value, attention_mask.attention_mask, attention_mask.position_ids, past.number)
-        return out.transpose(1, 2).contiguous(), None
     if past is not None:
-        out = _attend_past(module, past, query, tokens, value, attention_mask, softcap, scaling, rotary)
+        if dropout:
+            raise ValueError(NO_DROPOUT)
+        if attention_mask.length is None:
+            mask = attention_mask
+            numbers = (past.number, module.number, None if rotary is None else rotary.__self__.number)
+            out = attend_state(query, tokens, value, mask.attention_mask, mask.position_ids, softcap, scaling, *numbers)
+        else:
+            out = _attend_past(module, past, query, tokens, value, attention_mask, softcap, scaling, rotary)
         return out.transpose(1, 2).contiguous(), None
     out, weights = aligned_attention(
         query,

@@ -1,5 +1,6 @@
 """Cache layers and the cache of multipole models: the generation state behind Transformers' interface, saved and loaded."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from .hierarchy import level_count
 from .state_multipole import MultipoleState
@@ -21,6 +23,8 @@ from .summaries import DirectSummary, MeanSummary
 
 # Tokens that can be taken back (assisted decoding), rounded up to whole blocks.
 ROLLBACK = 64
+OUT_OF_STEP = "the layers of the cache have seen different numbers of tokens: an earlier call was interrupted; use a new cache"
+_FORMAT = "hf_multipole state 1"
 
 
 class PastTokens(NamedTuple):
@@ -28,6 +32,23 @@ class PastTokens(NamedTuple):
 
     layer: "MultipoleLayer"
     new: torch.Tensor
+
+
+# Compiled code names layers, and modules, by numbers: what Python counts in a state must not become part of it.
+_numbered = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.compiler.disable
+def take_number(thing) -> int:
+    """A number by which ``numbered`` finds it, as long as it exists."""
+    number = next(_numbers)
+    _numbered[number] = thing
+    return number
+
+
+def numbered(number: int):
+    return _numbered[number]
 
 
 def keeps_state(cache, layer_idx: int, output_attentions: bool | None) -> bool:
@@ -40,47 +61,11 @@ def keeps_state(cache, layer_idx: int, output_attentions: bool | None) -> bool:
     return hasattr(layer, "rollback") and not output_attentions and (layer.state is not None or not layer.is_initialized)
 
 
-# Compiled code names a layer by a number in a tensor: what Python counts in a state must not become part of it.
-_NAMESPACE = __name__.replace(".", "_")
-_layers = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-@torch.library.custom_op(_NAMESPACE + "::attend_state", mutates_args=())
-def attend_state(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    number: torch.Tensor,
-) -> torch.Tensor:
-    """A step on the state of a layer, which was made outside of compiled code and then remembered how it is called."""
-    layer = _layers[int(number)]
-    return layer.again(layer, q, k, v, attention_mask, position_ids).contiguous()
-
-
-@torch.library.custom_op(_NAMESPACE + "::seen", mutates_args=())
-def seen(number: torch.Tensor) -> torch.Tensor:
-    """Tokens that a layer has seen, ``()`` int64."""
-    return torch.tensor(_layers[int(number)].get_seq_length())
-
-
-@attend_state.register_fake
-def _(q, k, v, attention_mask, position_ids, number):
-    return q.new_empty(*q.shape[:3], v.shape[-1])
-
-
-@seen.register_fake
-def _(number):
-    return torch.empty((), dtype=torch.long)
-
-
-def compiled_state(cache, layer_idx: int = 0):
-    """The layer of a cache whose state is used by code that is being compiled, or None."""
-    layers = getattr(cache, "layers", ())
-    layer = layers[layer_idx] if torch.compiler.is_compiling() and layer_idx < len(layers) else None
-    return layer if getattr(layer, "again", None) is not None else None
+def compiled_state(cache):
+    """A layer of a cache whose state is used by code that is being compiled, or None."""
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return next((layer for layer in getattr(cache, "layers", ()) if getattr(layer, "state", None) is not None), None)
 
 
 class _StateLayer:
@@ -88,47 +73,58 @@ class _StateLayer:
 
     rollback = ROLLBACK
     is_croppable = True
+    supports_early_init = False
     state: MultipoleState | None = None
-    again = None  # of the attention function: attends once more, as it did the first time
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._take_number()
+        self.number = self._take_number()
 
     @torch.compiler.disable
-    def _take_number(self) -> None:
-        self.number = torch.tensor(next(_numbers))
-        _layers[int(self.number)] = self
+    def _take_number(self) -> torch.Tensor:
+        return torch.tensor(take_number(self))
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name not in ("again", "number")}
+        return {name: value for name, value in self.__dict__.items() if name != "number"}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._take_number()
+        self.number = self._take_number()
 
     def update(self, key_states, value_states, *args, state: bool = False, **kwargs):
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
         if state:
             return PastTokens(self, key_states), value_states
+        self.check_exact()
+        if self.is_initialized and self.keys.shape[-1] not in (0, key_states.shape[-1]):
+            raise ValueError("the cache was filled by another model, or with another attention implementation; use a new cache")
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def check_exact(self) -> None:
+        """Raises ValueError where all keys are asked for, but only a state is there."""
         if self.state is not None:
             raise ValueError(
                 "the cache holds the state of multipole attention, which has dropped the older keys: exact attention and "
                 "output_attentions need a cache of their own, used from the first token"
             )
-        return super().update(key_states, value_states, *args, **kwargs)
 
-    def attend(self, q, k, v, new, *, block_size, rank, key_summary, value_summary, max_length, **options) -> torch.Tensor:
+    def check_model(self, block_size: int, rank: int, direct: bool) -> None:
+        """Raises ValueError where the state is that of another kind of attention."""
+        state = self.state
+        if state is not None and (state.block_size, state.rank, state.direct) != (block_size, rank, direct):
+            raise ValueError("the cache was filled by another model: its block_size, rank or kind of summary differ; use a new cache")
+
+    def attend(self, q, k, v, new, *, block_size, rank, key_summary, value_summary, max_length, rotary, **options) -> torch.Tensor:
         """:meth:`MultipoleState.attend`, after making the state where there is none yet."""
-        means = MeanSummary(block_size, rank)
         direct = isinstance(key_summary, DirectSummary)
+        self.check_model(block_size, rank, direct)
         state = self.state
         if state is None:
             levels = max(0 if direct else 1, level_count(max_length, block_size))
-            state = MultipoleState(k, v, block_size, rank, levels, self.rollback, direct)
-        if (state.block_size, state.rank, state.direct) != (block_size, rank, direct):
-            raise ValueError("the cache was filled by another model: its block_size, rank or kind of summary differ; use a new cache")
-        out = state.attend(q, k, v, new, key_summary=key_summary or means, value_summary=value_summary or means, **options)
+            state = MultipoleState(k, v, block_size, rank, levels, self.rollback, direct, rotary is not None)
+        means = MeanSummary(block_size, rank)
+        summaries = {"key_summary": key_summary or means, "value_summary": value_summary or means}
+        out = state.attend(q, k, v, new, rotary=rotary, **summaries, **options)
         self.state, self.is_initialized = state, True
         return out
 
@@ -139,30 +135,31 @@ class _StateLayer:
         return super().get_mask_sizes(query_length) if self.state is None else (self.state.seen + query_length, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back ``-tokens_to_remove`` tokens; up to ``rollback`` of them. A positive number is the length to keep."""
+        """Takes back ``-tokens_to_remove`` tokens, up to ``rollback`` of them; a positive number is the length to keep, as in
+        Transformers before 5.23.
+        """
         if self.state is None:
             return super().crop(tokens_to_remove)
-        count = int(tokens_to_remove)  # some versions of generate pass a tensor
-        self.state.take_back(-count if count <= 0 else max(0, self.state.seen - count))
+        self.state.take_back(to_take_back(tokens_to_remove, self.state.seen))
 
     def reset(self) -> None:
         if self.state is None:
             return super().reset()
         self.state, self.is_initialized = None, False
 
+    def _select(self, index: torch.Tensor) -> None:
+        self.state.select(torch.arange(len(self.state.rows))[index.cpu()])
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx) if self.state is None else self.state.select(beam_idx)
+        super().reorder_cache(beam_idx) if self.state is None else self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.state is None:
-            return super().batch_select_indices(indices)
-        rows = torch.arange(len(self.state.lengths))
-        self.state.select(rows[indices.to(rows.device)])
+        super().batch_select_indices(indices) if self.state is None else self._select(torch.as_tensor(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is None:
             return super().batch_repeat_interleave(repeats)
-        self.state.select(torch.arange(len(self.state.lengths)).repeat_interleave(repeats))
+        self._select(torch.arange(len(self.state.rows)).repeat_interleave(repeats))
 
     # The state is small, and used after `update`: it stays on its device.
     def offload(self) -> None:
@@ -172,6 +169,11 @@ class _StateLayer:
     def prefetch(self) -> None:
         if self.state is None:
             super().prefetch()
+
+
+def to_take_back(tokens_to_remove: int, seen: int) -> int:
+    count = int(tokens_to_remove)  # some versions of generate pass a tensor
+    return -count if count <= 0 else max(0, seen - count)
 
 
 class MultipoleLayer(_StateLayer, DynamicLayer):
@@ -192,14 +194,26 @@ class MultipoleStaticLayer(StaticLayer):
         )
 
 
+# Fields of a configuration that do not change what a layer keeps.
+_INDIFFERENT = ("dropout", "_token_id", "output_", "initializer_range", "far_bias_init", "use_cache", "return_dict", "version")
+_INDIFFERENT += ("architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "tie_word_embeddings")
+
+
+def _backbone(model: nn.Module) -> PreTrainedModel:
+    """The base model within a model or what it is wrapped in."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel)).base_model
+
+
 def fingerprint(model: nn.Module) -> str:
-    """Tells models apart: a hash of the fields of the configuration and of evenly spaced entries of every parameter."""
-    config = model.config.to_dict()
-    fields = {name: config.get(name) for name in sorted(type(model.config).__annotations__) if name != "use_cache"}
+    """Tells models apart: a hash of the base model's configuration, parameters and their dtype."""
+    model = _backbone(model)
+    fields = {name: x for name, x in model.config.to_dict().items() if not any(part in f"{name}_" for part in _INDIFFERENT)}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, x in model.base_model.named_parameters():
-        sample = x.detach().flatten()[:: max(1, x.numel() // 1024)].cpu().contiguous()
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    for name, x in model.named_parameters():
+        if x.is_meta:
+            raise ValueError(f"{name} is offloaded: states of a model are saved and loaded while all its weights are in memory")
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -235,12 +249,25 @@ class MultipoleCache(DynamicCache):
         owner = None if self._model is None else self._model()
         if owner is not None and owner is not model and self.get_seq_length():
             raise ValueError("the cache was filled by another model; use a new cache")
-        if owner is not model:
-            self._model = weakref.ref(model)
+        self._model = weakref.ref(model)
+
+    def __deepcopy__(self, memo):
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__ | {"_model": None}, memo))
+        other._model = self._model
+        return other
 
     def __getstate__(self):
-        # Copies belong to whoever uses them first.
+        # Pickled, it belongs to whoever uses it first.
         return self.__dict__ | {"_model": None}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back ``-tokens_to_remove`` tokens in all layers, or raises ValueError and changes none."""
+        count = to_take_back(tokens_to_remove, self.get_seq_length())
+        for layer in self.layers:
+            if getattr(layer, "state", None) is not None:
+                layer.state.check_take_back(count)
+        super().crop(-count)
 
     @property
     def nbytes(self) -> int:
@@ -248,17 +275,25 @@ class MultipoleCache(DynamicCache):
         return sum(sum(x.nbytes for x in _tensors(layer).values()) for layer in self.layers)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state to a safetensors file, with the fingerprint of its model; a file that is there is replaced at the end."""
-        model = None if self._model is None else self._model()
-        if model is None or not self.get_seq_length():
-            raise ValueError("the cache is empty, or its model is gone: there is nothing to save")
+        """Writes the state to a safetensors file, with the fingerprint of its model; a file that is there is replaced at the end.
+
+        Raises ValueError where there is nothing to save, FileNotFoundError where there is no such folder.
+        """
+        model, path = None if self._model is None else self._model(), Path(path)
+        if not self.get_seq_length():
+            raise ValueError("the cache is empty: there is nothing to save")
+        if model is None:
+            raise ValueError("the cache's model is gone, and its fingerprint with it: save the state while the model is there")
+        if len({layer.get_seq_length() for layer in self.layers}) > 1:
+            raise ValueError(OUT_OF_STEP)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent}")
         tensors, layers = {}, []
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in _tensors(layer).items()}
             state = getattr(layer, "state", None)
-            layers.append(None if state is None else {name: getattr(state, name) for name in _FIELDS})
+            layers.append(None if state is None else state.description())
         metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
-        path = Path(path)
         # A name of its own, so that a half-written file is never taken for a whole one.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -268,12 +303,13 @@ class MultipoleCache(DynamicCache):
             partial.unlink(missing_ok=True)
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path: str | os.PathLike, model: nn.Module) -> "MultipoleCache":
         """The state that :meth:`save` wrote, on the device of ``model``.
 
         Raises FileNotFoundError; ValueError where the file is damaged, or is of another model or version.
         """
-        path = Path(path)
+        path, model = Path(path), _backbone(model)
         if not path.is_file():
             raise FileNotFoundError(f"there is no state file {path}")
         try:
@@ -287,25 +323,20 @@ class MultipoleCache(DynamicCache):
         if metadata.get("model") != fingerprint(model):
             raise ValueError(f"{path} is the state of another model: weights, dtype or configuration differ; read the text again")
         cache = cls(config=model.config)
-        cache._model = weakref.ref(model.base_model)
-        for i, (layer, fields) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
-            own = {name: tensors[f"{i}.{name}"] for name in _TENSORS if f"{i}.{name}" in tensors}
-            if fields is None:
+        cache.bind(model)
+        for i, (layer, description) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
+            own = {name.split(".")[1]: x for name, x in tensors.items() if name.split(".")[0] == str(i)}
+            if description is None:
                 layer.update(own["keys"], own["values"])
-                continue
-            state = layer.state = MultipoleState.__new__(MultipoleState)
-            vars(state).update(fields | own, _bias=None)
-            layer.rollback, layer.is_initialized = state.spare * state.block_size, True
+            else:
+                layer.state, layer.is_initialized = MultipoleState.restored(description, own), True
+                layer.rollback = layer.state.spare * layer.state.block_size
         return cache
-
-
-_FORMAT = "hf_multipole state 1"
-_TENSORS = ("keys", "values", "key_sums", "value_sums")
-_FIELDS = ("spare", "block_size", "rank", "direct", "ring", "groups", "seen", "lengths", "longest", "positions", "closed")
 
 
 def _tensors(layer) -> dict[str, torch.Tensor]:
     """What a layer of a cache holds."""
-    holder = getattr(layer, "state", None) or layer
-    found = {name: getattr(holder, name, None) for name in _TENSORS}
-    return {name: x for name, x in found.items() if x is not None}
+    state = getattr(layer, "state", None)
+    if state is not None:
+        return state.tensors()
+    return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}

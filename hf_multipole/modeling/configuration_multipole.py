@@ -114,6 +114,9 @@ class MultipoleConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}"
             )
+        rope_type = (self.rope_parameters or {}).get("rope_type")
+        if self.rotate_summaries and rope_type in ("dynamic", "longrope"):
+            raise ValueError(f"rotate_summaries needs rotations that do not depend on the length, but rope_type is {rope_type!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even one")
 

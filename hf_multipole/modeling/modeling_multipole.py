@@ -26,8 +26,8 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_functions import MultipoleMask, check_past
-from .cache_multipole import compiled_state, keeps_state, seen
+from .attention_functions import NO_DROPOUT, MultipoleMask, seen
+from .cache_multipole import OUT_OF_STEP, compiled_state, keeps_state, take_number
 from .configuration_multipole import MultipoleConfig
 from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
@@ -131,6 +131,7 @@ class MultipoleAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.is_causal = config.is_causal
+        self.number = take_number(self)
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.num_key_value_groups = heads // kv_heads
         self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
@@ -143,6 +144,10 @@ class MultipoleAttention(nn.Module):
             if config.far_bias_init is not None:
                 levels = max(1, level_count(config.max_position_embeddings, config.block_size))
                 self.far_bias = nn.Parameter(torch.full((heads, levels), float(config.far_bias_init)))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.number = take_number(self)
 
     def _summary(self) -> nn.Module:
         config = self.config
@@ -251,6 +256,7 @@ class MultipoleModel(MultipolePreTrainedModel):
         self.norm = MultipoleRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MultipoleRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.number = take_number(self)
         self.post_init()
 
     @merge_with_config_defaults
@@ -282,8 +288,6 @@ class MultipoleModel(MultipolePreTrainedModel):
                 "past_key_values belong to causal models: in a bidirectional one (is_causal=False) new tokens change all the others; "
                 "pass use_cache=False"
             )
-        if hasattr(past_key_values, "bind") and not torch.compiler.is_compiling():
-            past_key_values.bind(self)
         output_attentions = kwargs.setdefault("output_attentions", self.config.output_attentions)
 
         segment_ids = self._segments(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
@@ -310,8 +314,8 @@ class MultipoleModel(MultipolePreTrainedModel):
         masks = {
             kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length) for kind in kinds
         }
-        if past_key_values is not None and "multipole" in kinds and compiled is None:
-            check_past(past_key_values, masks["multipole"])
+        if past_key_values is not None and compiled is None:
+            self._check_cache(past_key_values, masks.get("multipole"), output_attentions, attention_mask is None)
         centres = None
         if "multipole" in kinds and self.config.rotate_summaries:
             if not keeps_state(past_key_values, self.config.layer_types.index("multipole_attention"), output_attentions):
@@ -319,14 +323,14 @@ class MultipoleModel(MultipolePreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_masks=masks,
                 past_key_values=past_key_values,
                 centres=centres,
-                rotary=self._rotate_at,
+                rotary=self.rotate_at,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
@@ -356,8 +360,49 @@ class MultipoleModel(MultipolePreTrainedModel):
             return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:].to(tokens.device)
         return tokens
 
-    def _rotate_at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    @torch.compiler.disable
+    def _check_cache(self, cache: Cache, mask: MultipoleMask | None, output_attentions: bool | None, unmasked: bool) -> None:
+        """Raises ValueError where the cache is not that of this model, or the tokens do not continue it: before any layer has taken
+        something in, so that the cache stays as it was.
+        """
+        config, attentions = self.config, [layer.self_attn for layer in self.layers[: self.config.num_hidden_layers]]
+        if cache.layers and cache.layer_class_to_replicate is None and len(cache.layers) < len(attentions):
+            raise ValueError(
+                f"the cache was made for a model of {len(cache.layers)} layers, but this one has {len(attentions)}; use a new cache"
+            )
+        if len({layer.get_seq_length() for layer in cache.layers[: len(attentions)]}) > 1:
+            raise ValueError(OUT_OF_STEP)
+        for i, new in enumerate(mask.new_tokens if mask is not None and unmasked else ()):
+            if new.position is None:
+                raise ValueError(f"position_ids of row {i} do not go up by one: packed rows have no cache; pass use_cache=False")
+        for attention, layer in zip(attentions, cache.layers):
+            if getattr(layer, "state", None) is None:
+                continue
+            if not hasattr(attention, "key_summary"):
+                raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
+            if mask is None or output_attentions:
+                layer.check_exact()
+            direct = isinstance(attention.key_summary, DirectSummary)
+            layer.check_model(config.block_size, config.rank, direct)
+            dim, dtype = config.head_dim, attention.k_proj.weight.dtype
+            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else dtype
+            layer.state.check_tokens(config.num_key_value_heads, dim * (2 if config.rotate_summaries else 1), dim, dtype)
+            mask.check_past(layer.state)
+            if direct:
+                longest = max(row.length + new.count for row, new in zip(layer.state.rows, mask.new_tokens))
+                attention.key_summary.check_levels(level_count(longest, config.block_size))
+            if self.training and config.attention_dropout:
+                raise ValueError(NO_DROPOUT)
+        if hasattr(cache, "bind"):
+            cache.bind(self)
+
+    def rotate_at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x ``(..., head_dim)`` rotated by positions, which need not be integers."""
         return rotate(x, *self.rotary_emb(x, positions))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.number = take_number(self)
 
     def _mask(self, implementation, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length):
         """The mask of one attention function; Transformers' own for the exact ones."""
