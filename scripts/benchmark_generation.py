@@ -62,7 +62,7 @@ def steps(o, context: int, bar) -> dict:
 
     new = [NewTokens(0, 1)]
     # Warm, and to the beginning of a block.
-    for _ in range(2 * o.block_size - state.lengths[0] % o.block_size):
+    for _ in range(2 * o.block_size - state.rows[0].length % o.block_size):
         state.attend(token, token, token, new, **options)
     own, full = [], []
     for _ in range(o.repeats):
@@ -76,8 +76,8 @@ def steps(o, context: int, bar) -> dict:
             F.scaled_dot_product_attention(token, keys, values)
         full.append((time.perf_counter() - start) / count)
     # Room to go back beside what attention needs: one block of tokens, and one group of each level.
-    spare = (state.spare * o.block_size + state.spare * state.levels * o.rank) * o.heads * o.head_dim * 2 * state.keys.element_size()
-    size = state.keys.nbytes + state.values.nbytes
+    spare = (state.spare * o.block_size + state.spare * state.levels * o.rank) * o.heads * o.head_dim * 2 * keys.element_size()
+    size = sum(x.nbytes for x in state.tensors().values())
     return {
         "context": context,
         "state": {"seconds": median(own), "bytes": size, "bytes_without_room_to_go_back": size - spare},

@@ -3,24 +3,23 @@
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
+from torch import nn
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .cache_multipole import OUT_OF_STEP, numbered
+from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .hierarchy import Alignment, align_rows, block_of, check_rows
 from .multipole_attention import aligned_attention, check_sizes
 from .state_multipole import MultipoleState, NewTokens
+from .summaries import compute_dtype
 
 # What other models pass for features that this attention does not have; None or False means that the feature is off.
 _UNSUPPORTED = {
-    "sliding_window": "use 'multipole' on full-attention models, or leave sliding-window layers to 'sdpa'",
+    "sliding_window": "the model passed it to a layer whose mask has no window; use 'sdpa'",
     "position_bias": "models with an additive position bias need 'eager' or 'sdpa'",
     "s_aux": "models with attention sinks need 'eager' or 'sdpa'",
     "head_mask": "prune heads instead",
 }
-
-
-NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
 
 
 @dataclass(eq=False)
@@ -110,6 +109,16 @@ class MultipoleMask:
             )
 
 
+@dataclass(eq=False)
+class WindowMask:
+    """Mask of the layers of a model that see a window only, which is cheap: they stay exact."""
+
+    mask: torch.Tensor  # (batch, 1, queries, keys) bool, True where a query sees a key
+
+    def to(self, *args, **kwargs) -> "WindowMask":
+        return replace(self, mask=self.mask.to(*args, **kwargs))
+
+
 def attention_options(config) -> dict:
     """The multipole options of a configuration: of our own models, or of ``config.multipole`` on others."""
     options = {"block_size": 64, "rank": 4, "size_weighting": True}
@@ -136,7 +145,7 @@ def multipole_mask(
     position_ids: torch.Tensor | None = None,
     config=None,
     **kwargs,
-) -> MultipoleMask:
+) -> MultipoleMask | WindowMask:
     """Mask function of "multipole" for Transformers' mask interface.
 
     attention_mask: ``(batch, n)`` padding; from our own models, segment_ids ``(batch, n)`` of packed rows and position_ids
@@ -146,9 +155,13 @@ def multipole_mask(
     """
     name = getattr(mask_function, "__name__", "a custom pattern")
     if name not in (causal_mask_function.__name__, bidirectional_mask_function.__name__):
+        if kwargs.pop("local_size", None) is not None:
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+            return WindowMask(sdpa_mask(*sizes, mask_function=mask_function, attention_mask=attention_mask, **kwargs))
         raise ValueError(
             f"attn_implementation='multipole' has causal and bidirectional masks, with padding, but this model asks for {name!r} "
-            "(a sliding window, packed rows or a custom pattern); use attn_implementation='sdpa' for it. Under torch.compile, rows "
+            "(packed rows or a custom pattern); use attn_implementation='sdpa' for it. Under torch.compile, rows "
             "without an attention_mask count as packed: pass one"
         )
     causal = name == causal_mask_function.__name__
@@ -179,8 +192,8 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
         raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    options = _options(module, softcap, scale)
-    return layer.attend(q, k, v, mask.new_tokens, max_length=module.config.max_position_embeddings, rotary=rotary, **options)
+    options = _options(module, softcap, scale) | {"max_length": getattr(module.config, "max_position_embeddings", 1)}
+    return layer.attend(q, k, v, mask.new_tokens, rotary=rotary, **options)
 
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::attend_state", mutates_args=("layer",))
@@ -237,6 +250,21 @@ def _options(module, softcap, scale, key_summary=None) -> dict:
     }
 
 
+def _window_attention(q, k, v, mask, dropout, scale, softcap, output_attentions):
+    """Exact attention ``(batch, queries, heads, value_dim)`` of a layer with a window, and its weights if asked for."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if softcap is None and not output_attentions:
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return out.transpose(1, 2).contiguous(), None
+    logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1, dtype=compute_dtype(q.dtype)).to(q.dtype)
+    # A padding query sees nothing.
+    weights = nn.functional.dropout(weights.masked_fill(~mask, 0), dropout)
+    return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
 def multipole_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -258,6 +286,8 @@ def multipole_attention_forward(
     key is the cache layer's PastTokens and value holds the new tokens.
     Returns the output ``(batch, queries, heads, head_dim)`` and, if asked for, the weights of tokens and summaries.
     """
+    if isinstance(attention_mask, WindowMask):
+        return _window_attention(query, key, value, attention_mask.mask, dropout, scaling, softcap, output_attentions)
     for name, remedy in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation='multipole' does not support {name}: {remedy}")

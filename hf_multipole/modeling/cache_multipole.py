@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -24,6 +24,7 @@ from .summaries import DirectSummary, MeanSummary
 # Tokens that can be taken back (assisted decoding), rounded up to whole blocks.
 ROLLBACK = 64
 OUT_OF_STEP = "the layers of the cache have seen different numbers of tokens: an earlier call was interrupted; use a new cache"
+NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
 _FORMAT = "hf_multipole state 1"
 
 
@@ -75,6 +76,7 @@ class _StateLayer:
     is_croppable = True
     supports_early_init = False
     state: MultipoleState | None = None
+    always = False  # a state even where update is not asked for one: the attention of stock models does not know to ask
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -93,7 +95,7 @@ class _StateLayer:
 
     def update(self, key_states, value_states, *args, state: bool = False, **kwargs):
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
-        if state:
+        if state or self.always:
             return PastTokens(self, key_states), value_states
         self.check_exact()
         if self.is_initialized and self.keys.shape[-1] not in (0, key_states.shape[-1]):
@@ -194,6 +196,45 @@ class MultipoleStaticLayer(StaticLayer):
         )
 
 
+@torch.compiler.disable
+def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask, unmasked: bool) -> None:
+    """Raises ValueError where the cache is not that of this model, or the tokens do not continue it: before any layer has taken
+    something in, so that the cache stays as it was.
+
+    mask: the MultipoleMask, or None where exact attention or attention weights are asked for; unmasked: there is no attention_mask.
+    """
+    config = model.config
+    attentions = attentions[: config.num_hidden_layers]
+    if cache.layers and cache.layer_class_to_replicate is None and len(cache.layers) < len(attentions):
+        raise ValueError(
+            f"the cache was made for a model of {len(cache.layers)} layers, but this one has {len(attentions)}; use a new cache"
+        )
+    if len({layer.get_seq_length() for layer in cache.layers[: len(attentions)]}) > 1:
+        raise ValueError(OUT_OF_STEP)
+    for i, new in enumerate(mask.new_tokens if mask is not None and unmasked else ()):
+        if new.position is None:
+            raise ValueError(f"position_ids of row {i} do not go up by one: packed rows have no cache; pass use_cache=False")
+    for attention, layer in zip(attentions, cache.layers):
+        state = getattr(layer, "state", None)
+        if state is None:
+            continue
+        if not hasattr(attention, "key_summary"):
+            raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
+        if mask is None:
+            layer.check_exact()
+        layer.check_model(config.block_size, config.rank, isinstance(attention.key_summary, DirectSummary))
+        dim, dtype = config.head_dim, attention.k_proj.weight.dtype
+        if torch.is_autocast_enabled(model.device.type):
+            dtype = torch.get_autocast_dtype(model.device.type)
+        state.check_tokens(config.num_key_value_heads, dim * (2 if config.rotate_summaries else 1), dim, dtype)
+        mask.check_past(state)
+        state.check_levels(mask.new_tokens, attention.key_summary)
+        if model.training and config.attention_dropout:
+            raise ValueError(NO_DROPOUT)
+    if hasattr(cache, "bind"):
+        cache.bind(model)
+
+
 # Fields of a configuration that do not change what a layer keeps.
 _INDIFFERENT = ("dropout", "_token_id", "output_", "initializer_range", "far_bias_init", "use_cache", "return_dict", "version")
 _INDIFFERENT += ("architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "tie_word_embeddings")
@@ -218,7 +259,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class MultipoleCache(DynamicCache):
-    """The generation state of a whole model, as ``generate(past_key_values=...)`` takes it; full-attention layers keep all keys.
+    """The generation state of a whole model, as ``generate(past_key_values=...)`` takes it. Multipole layers keep a state, and so do
+    the full-attention layers of a stock model that runs with ``attn_implementation="multipole"``; all others keep what they do.
 
     config: the model's configuration. rollback: tokens that can be taken back (``crop``, assisted decoding), rounded up to whole
     blocks. A cache belongs to the first model that it is used with.
@@ -239,13 +281,21 @@ class MultipoleCache(DynamicCache):
             raise ValueError(f"rollback is {rollback!r}, but must be a positive number of tokens")
         super().__init__(config=config)
         self._model = None
+        config = config.get_text_config(decoder=True)
+        if config.model_type != "multipole" and config._attn_implementation == "multipole":
+            for i, layer in enumerate(self.layers):
+                # Sliding-window and recurrent layers keep what they keep.
+                if type(layer) is DynamicLayer:
+                    self.layers[i] = MultipoleLayer()
+                    self.layers[i].always = True
         for layer in self.layers:
             if hasattr(layer, "rollback"):
                 layer.rollback = rollback
 
     @torch.compiler.disable
     def bind(self, model: nn.Module) -> None:
-        """Called by the model; raises ValueError where the cache is another's."""
+        """Called by the multipole models, and by users of others before ``save``; raises ValueError where the cache is another's."""
+        model = _backbone(model)
         owner = None if self._model is None else self._model()
         if owner is not None and owner is not model and self.get_seq_length():
             raise ValueError("the cache was filled by another model; use a new cache")
@@ -283,7 +333,7 @@ class MultipoleCache(DynamicCache):
         if not self.get_seq_length():
             raise ValueError("the cache is empty: there is nothing to save")
         if model is None:
-            raise ValueError("the cache's model is gone, and its fingerprint with it: save the state while the model is there")
+            raise ValueError("the cache does not know its model: call cache.bind(model) before save, while the model is there")
         if len({layer.get_seq_length() for layer in self.layers}) > 1:
             raise ValueError(OUT_OF_STEP)
         if not path.parent.is_dir():
@@ -292,7 +342,9 @@ class MultipoleCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in _tensors(layer).items()}
             state = getattr(layer, "state", None)
-            layers.append(None if state is None else state.description())
+            if state is None and not isinstance(layer, DynamicLayer):
+                raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be saved")
+            layers.append({"seen": layer.get_seq_length()} if state is None else state.description())
         metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
         # A name of its own, so that a half-written file is never taken for a whole one.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -326,8 +378,11 @@ class MultipoleCache(DynamicCache):
         cache.bind(model)
         for i, (layer, description) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
             own = {name.split(".")[1]: x for name, x in tensors.items() if name.split(".")[0] == str(i)}
-            if description is None:
+            if "rows" not in description:
+                layer.always = False  # all keys, as they were kept
                 layer.update(own["keys"], own["values"])
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    layer.cumulative_length = description["seen"]
             else:
                 layer.state, layer.is_initialized = MultipoleState.restored(description, own), True
                 layer.rollback = layer.state.spare * layer.state.block_size

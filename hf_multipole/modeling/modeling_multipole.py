@@ -26,8 +26,8 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_functions import NO_DROPOUT, MultipoleMask, seen
-from .cache_multipole import OUT_OF_STEP, compiled_state, keeps_state, take_number
+from .attention_functions import MultipoleMask, seen
+from .cache_multipole import check_cache, compiled_state, keeps_state, take_number
 from .configuration_multipole import MultipoleConfig
 from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
@@ -315,7 +315,8 @@ class MultipoleModel(MultipolePreTrainedModel):
             kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length) for kind in kinds
         }
         if past_key_values is not None and compiled is None:
-            self._check_cache(past_key_values, masks.get("multipole"), output_attentions, attention_mask is None)
+            mask = None if output_attentions else masks.get("multipole")
+            check_cache(past_key_values, self, [layer.self_attn for layer in self.layers], mask, attention_mask is None)
         centres = None
         if "multipole" in kinds and self.config.rotate_summaries:
             if not keeps_state(past_key_values, self.config.layer_types.index("multipole_attention"), output_attentions):
@@ -359,42 +360,6 @@ class MultipoleModel(MultipolePreTrainedModel):
         if attention_mask is not None:
             return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:].to(tokens.device)
         return tokens
-
-    @torch.compiler.disable
-    def _check_cache(self, cache: Cache, mask: MultipoleMask | None, output_attentions: bool | None, unmasked: bool) -> None:
-        """Raises ValueError where the cache is not that of this model, or the tokens do not continue it: before any layer has taken
-        something in, so that the cache stays as it was.
-        """
-        config, attentions = self.config, [layer.self_attn for layer in self.layers[: self.config.num_hidden_layers]]
-        if cache.layers and cache.layer_class_to_replicate is None and len(cache.layers) < len(attentions):
-            raise ValueError(
-                f"the cache was made for a model of {len(cache.layers)} layers, but this one has {len(attentions)}; use a new cache"
-            )
-        if len({layer.get_seq_length() for layer in cache.layers[: len(attentions)]}) > 1:
-            raise ValueError(OUT_OF_STEP)
-        for i, new in enumerate(mask.new_tokens if mask is not None and unmasked else ()):
-            if new.position is None:
-                raise ValueError(f"position_ids of row {i} do not go up by one: packed rows have no cache; pass use_cache=False")
-        for attention, layer in zip(attentions, cache.layers):
-            if getattr(layer, "state", None) is None:
-                continue
-            if not hasattr(attention, "key_summary"):
-                raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
-            if mask is None or output_attentions:
-                layer.check_exact()
-            direct = isinstance(attention.key_summary, DirectSummary)
-            layer.check_model(config.block_size, config.rank, direct)
-            dim, dtype = config.head_dim, attention.k_proj.weight.dtype
-            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else dtype
-            layer.state.check_tokens(config.num_key_value_heads, dim * (2 if config.rotate_summaries else 1), dim, dtype)
-            mask.check_past(layer.state)
-            if direct:
-                longest = max(row.length + new.count for row, new in zip(layer.state.rows, mask.new_tokens))
-                attention.key_summary.check_levels(level_count(longest, config.block_size))
-            if self.training and config.attention_dropout:
-                raise ValueError(NO_DROPOUT)
-        if hasattr(cache, "bind"):
-            cache.bind(self)
 
     def rotate_at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x ``(..., head_dim)`` rotated by positions, which need not be integers."""

@@ -165,8 +165,7 @@ class MultipoleState:
         self.check(new)
         if rotary is not None and any(x.count and x.position is None for x in new):
             raise ValueError("rotate_summaries needs position_ids that go up by one where there is a cache; pass use_cache=False")
-        if self.direct:
-            key_summary.check_levels(level_count(max(row.length + x.count for row, x in zip(self.rows, new)), self.block_size))
+        self.check_levels(new, key_summary)
         if self.keys.slots.is_inference() and not torch.is_inference_mode_enabled():
             self.select(torch.arange(len(self.rows)))
         sides = (_Side(self.keys, key_summary, rotary), _Side(self.values, value_summary, None))
@@ -199,6 +198,11 @@ class MultipoleState:
             if x.count and None not in (row.position, x.position) and x.position != row.position:
                 way = "go backwards" if x.position < row.position else "leave a gap"
                 raise ValueError(f"position_ids {way}: row {i} continues at {x.position}, but the cache is at {row.position}")
+
+    def check_levels(self, new: list[NewTokens], summary: nn.Module) -> None:
+        """Raises ValueError where direct summaries have too few levels."""
+        if self.direct:
+            summary.check_levels(level_count(max(row.length + x.count for row, x in zip(self.rows, new)), self.block_size))
 
     def check_tokens(self, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         """Raises ValueError where tokens are of another kind than those that are kept."""
