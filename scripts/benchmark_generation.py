@@ -13,6 +13,7 @@ and all keys; time of every 1,000 tokens, resident memory at their end. Prompts:
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -200,8 +201,9 @@ def parse(arguments):
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 65536, 1048576])
     parser.add_argument("--prompts", type=int, nargs="+", default=[65536, 131072, 262144])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-generation"))
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     o = parser.parse_args(arguments)
-    numbers = {name: min(x) if isinstance(x, list) else x for name, x in vars(o).items() if isinstance(x, (int, list))}
+    numbers = {name: min(x) if isinstance(x, list) else x for name, x in vars(o).items() if name not in ("output", "part")}
     faults = [f"--{name.replace('_', '-')} {x} must be positive" for name, x in numbers.items() if x < 1]
     faults += [f"--rank {o.rank} must divide --block-size {o.block_size}"] if not faults and o.block_size % o.rank else []
     faults += [f"--tokens {o.tokens} must be at least {2 * WINDOW}"] if o.tokens < 2 * WINDOW else []
@@ -211,16 +213,35 @@ def parse(arguments):
     return o
 
 
+def part(o) -> dict:
+    """One measurement, in this process."""
+    kind, value = o.part
+    value = value if kind == "write" else int(value)
+    with tqdm(total=o.tokens if kind == "write" else value, unit=" tokens", desc=f"{kind} {value}", mininterval=1) as bar:
+        return {"steps": steps, "write": write, "read": read}[kind](o, value, bar)
+
+
+def in_new_process(arguments, kind: str, value) -> dict:
+    """A measurement in a process of its own: what the others left in memory would blur its figures."""
+    done = subprocess.run([sys.executable, __file__, *arguments, "--part", kind, str(value)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"benchmark_generation.py: {kind} {value} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(arguments) -> None:
     o = parse(arguments)
     torch.set_num_threads(o.threads)
+    if o.part:
+        return print(json.dumps(part(o)))
     o.output.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=sum(o.contexts) + 2 * o.tokens + sum(o.prompts), unit=" tokens", mininterval=1) as bar:
-        # Memory first: what later parts leave behind would blur it.
-        prompts = [read(o, length, bar) for length in sorted(o.prompts)]
-        writing = {name: write(o, name, bar) for name in ("multipole", "sdpa")}
-        record = {"steps": [steps(o, context, bar) for context in sorted(o.contexts)], "writing": writing, "prompts": prompts}
-    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if name != "output"}
+    record = {
+        "steps": [in_new_process(arguments, "steps", context) for context in sorted(o.contexts)],
+        "writing": {name: in_new_process(arguments, "write", name) for name in ("multipole", "sdpa")},
+        "prompts": [in_new_process(arguments, "read", length) for length in sorted(o.prompts)],
+    }
+    command = shlex.join(["python", *sys.argv])
+    options = {name: x for name, x in vars(o).items() if name not in ("output", "part")}
     record |= {"command": command, "machine": machine(argparse.Namespace(device="cpu")), "options": options}
     print(text := table(record))
     (o.output / "benchmark-generation.json").write_text(json.dumps(record, indent=1) + "\n")
