@@ -299,6 +299,11 @@ def test_refused_inputs(ids, inputs, message):
         model(ids, use_cache=False, **inputs)
 
 
+def test_sinks_are_refused_by_layers_with_a_window_too(ids):
+    with pytest.raises(ValueError, match="s_aux.*'eager' or 'sdpa'"):
+        build(MistralConfig(**GROUPED, sliding_window=16))(ids, s_aux=torch.zeros(4))
+
+
 def test_is_causal_is_honoured(ids):
     """Transformers' switch for bidirectional decoders: as an argument, or in the configuration."""
     model = build(DECODERS["llama"])

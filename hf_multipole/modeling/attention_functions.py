@@ -286,11 +286,12 @@ def multipole_attention_forward(
     key is the cache layer's PastTokens and value holds the new tokens.
     Returns the output ``(batch, queries, heads, head_dim)`` and, if asked for, the weights of tokens and summaries.
     """
-    if isinstance(attention_mask, WindowMask):
-        return _window_attention(query, key, value, attention_mask.mask, dropout, scaling, softcap, output_attentions)
+    windowed = isinstance(attention_mask, WindowMask)
     for name, remedy in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
+        if kwargs.get(name) is not None and not (windowed and name == "sliding_window"):
             raise ValueError(f"attn_implementation='multipole' does not support {name}: {remedy}")
+    if windowed:
+        return _window_attention(query, key, value, attention_mask.mask, dropout, scaling, softcap, output_attentions)
     if not isinstance(attention_mask, MultipoleMask):
         got = f"a mask of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, torch.Tensor) else repr(attention_mask)
         raise ValueError(
