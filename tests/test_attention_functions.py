@@ -11,17 +11,33 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    BloomConfig,
+    DistilBertConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
+    Olmo2Config,
     Phi3Config,
+    Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    SmolLM3Config,
     StaticCache,
     T5Config,
+    ViTConfig,
+    ViTModel,
 )
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_utils import AttentionInterface
 
 from hf_multipole import MultipoleCache
@@ -44,6 +60,19 @@ DECODERS = {
     "gemma2": Gemma2Config(**GROUPED, head_dim=8, sliding_window=16, attn_logit_softcapping=3.0, **OPTIONS),
     "qwen3 with windows": Qwen3Config(**GROUPED, head_dim=8, use_sliding_window=True, sliding_window=20, max_window_layers=1, **OPTIONS),
     "gpt_neox": GPTNeoXConfig(**SIZES, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, **OPTIONS),
+    "qwen2": Qwen2Config(**GROUPED, **OPTIONS),
+    "olmo2": Olmo2Config(**GROUPED, **OPTIONS),
+    "smollm3": SmolLM3Config(**GROUPED, **OPTIONS),
+    # One layer in two has a window here.
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=16, sliding_window_pattern=2, **OPTIONS),
+}
+ENCODERS = {
+    "bert": BertConfig(**SIZES, max_position_embeddings=256, **OPTIONS),
+    # Positions start after that of the padding token.
+    "roberta": RobertaConfig(**SIZES, max_position_embeddings=256, **OPTIONS),
+    "distilbert": DistilBertConfig(vocab_size=50, dim=32, hidden_dim=32, n_layers=2, n_heads=4, max_position_embeddings=256, **OPTIONS),
+    # The first layer of these is global, the second has a window.
+    "modernbert": ModernBertConfig(**SIZES, local_attention=20, global_attn_every_n_layers=2, **OPTIONS),
 }
 
 
@@ -99,14 +128,37 @@ def test_layers_with_a_window_stay_exact(ids, window, side):
         torch.testing.assert_close(model.generate(ids, past_key_values=MultipoleCache(config=model.config), **options), expected)
 
 
-def test_an_encoder(ids):
-    config = BertConfig(**SIZES, max_position_embeddings=256, **OPTIONS)
-    model, sdpa = (build(config, AutoModelForMaskedLM, implementation) for implementation in ("multipole", "sdpa"))
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name, ids):
+    """Exact on short rows; on long ones every token has influence on every other, and padding on none."""
+    model, sdpa = (build(ENCODERS[name], AutoModelForMaskedLM, implementation) for implementation in ("multipole", "sdpa"))
     short = ids[:, : 2 * BLOCK]
     torch.testing.assert_close(model(short).logits, sdpa(short).logits, **CLOSE)
+    assert (model(ids).logits - sdpa(ids).logits).abs().max() > 1e-4
     embeddings = model.get_input_embeddings()(ids[:1]).detach().requires_grad_()
     model(inputs_embeds=embeddings).logits[0, 50].sum().backward()
     assert (embeddings.grad[0].abs().sum(-1) > 0).all()
+
+    padded = torch.cat([ids, torch.full((2, 9), 7)], 1)
+    mask = torch.ones_like(padded)
+    mask[:, N:] = 0
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, :N], model(ids).logits, **CLOSE)
+
+
+def test_an_encoder_of_images():
+    """It passes no mask at all: every patch sees every other."""
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, patch_size=4)
+    for image, exact in ((12, True), (32, False)):  # 9 and 64 patches, and the class token
+        config = ViTConfig(**sizes, image_size=image, **OPTIONS)
+        torch.manual_seed(0)
+        model = ViTModel._from_config(copy.deepcopy(config), attn_implementation="multipole").double().eval()
+        sdpa = ViTModel._from_config(copy.deepcopy(config), attn_implementation="sdpa").double().eval()
+        sdpa.load_state_dict(model.state_dict())
+        pixels = torch.randn(2, 3, image, image, dtype=torch.float64, requires_grad=True)
+        out, expected = model(pixels).last_hidden_state, sdpa(pixels).last_hidden_state
+        assert ((out - expected).abs().max() < 1e-11) == exact
+        out[0, 1, 0].backward()
+        assert (pixels.grad[0].abs().sum(0) > 0).all()
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -137,7 +189,7 @@ def test_stock_layers_run_the_definition(monkeypatch, ids, side, direction):
         torch.testing.assert_close(out.transpose(1, 2), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_has_no_influence(name, side, ids):
     model = build(DECODERS[name])
@@ -150,7 +202,7 @@ def test_padding_has_no_influence(name, side, ids):
     got = model(padded, attention_mask=mask, position_ids=position_ids).logits[:, real]
     torch.testing.assert_close(got, model(ids).logits, **CLOSE)
     # The mask is heard: without it, padding has influence in a row that has it before its tokens.
-    if side == "left":
+    if side == "left" and name in ("llama", "gpt2"):
         assert (model(padded, position_ids=position_ids, use_cache=True).logits[:, real] - got).abs().max() > 1e-4
 
 
@@ -202,6 +254,56 @@ def test_generation_on_a_state(name, tmp_path):
         cache.bind(build(DECODERS["llama"]))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_packed_rows(name, ids):
+    """Positions that start anew mark documents, which do not see each other: as Transformers does without a mask or a cache."""
+    model = build(DECODERS[name])
+    lengths = [1, 30, 2 * BLOCK, 28]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    for options in ({}, {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 30, "max_length_k": 30}):
+        packed = model(ids[:1], position_ids=positions, use_cache=False, **options).logits
+        alone = [model(part, use_cache=False).logits for part in ids[:1].split(lengths, 1)]
+        torch.testing.assert_close(packed, torch.cat(alone, 1), **CLOSE)
+    two = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(two[:1], packed, **CLOSE)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert", "modernbert"])
+def test_layers_can_be_left_exact(name, side, ids):
+    """With no multipole layer among them, all give what eager attention gives; with some, something between."""
+    config = copy.deepcopy((DECODERS | ENCODERS)[name])
+    auto_class = AutoModelForCausalLM if name in DECODERS else AutoModelForMaskedLM
+    mask = torch.ones_like(ids)
+    if side:
+        mask[1, slice(11) if side == "left" else slice(-11, None)] = 0
+    outs = {}
+    for layers in ([0], [1], [0, 1], None):
+        config.multipole = OPTIONS["multipole"] | {"layers": layers}
+        outs[str(layers)] = build(config, auto_class)(ids, attention_mask=mask if side else None).logits[mask.bool()]
+    eager = build(config, auto_class, "eager")
+    eager = torch.cat([eager(row[real.bool()][None]).logits[0] for row, real in zip(ids, mask)])
+    torch.testing.assert_close(outs["[0, 1]"], outs["None"], atol=0, rtol=0)
+    windowed = {"gemma2": "[0]", "modernbert": "[1]"}.get(name)  # the layer that is exact anyway
+    for layers, out in outs.items():
+        assert (layers == windowed) == bool((out - eager).abs().max() < 1e-5), layers
+    if windowed is None:
+        assert (outs["[0]"] - outs["[1]"]).abs().max() > 1e-5
+
+
+def test_generation_with_exact_layers():
+    """Their keys are all kept in a MultipoleCache, those of the others are not."""
+    config = copy.deepcopy(DECODERS["llama"])
+    config.multipole = OPTIONS["multipole"] | {"layers": [1]}
+    model, prompt = build(config), tokens(n=40)
+    cache = MultipoleCache(config=model.config)
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    torch.testing.assert_close(model.generate(prompt, past_key_values=cache, **options), model.generate(prompt, **options))
+    assert [hasattr(layer, "state") for layer in cache.layers] == [False, True]
+    assert cache.layers[0].keys.shape[2] == 69
+
+
 def test_attention_weights(ids):
     model = build(DECODERS["llama"])
     for weights in model(ids, output_attentions=True).attentions:
@@ -219,7 +321,7 @@ def test_training(ids):
             model.gradient_checkpointing_enable()
         torch._dynamo.reset()
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if variant == "compile" else model
-        # With a mask: when it compiles a model without one, Transformers expects packed rows, which are refused.
+        # With a mask: when it compiles a model without one, Transformers takes all rows for packed.
         loss = run(ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
         loss.backward()
         results.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
@@ -265,11 +367,19 @@ BART = BartConfig(
         (GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True), "cross-attention.*'sdpa'"),
         (LlamaConfig(**GROUPED, multipole={"block_siz": 8}), "config.multipole has 'block_siz'.*'block_size', 'rank'"),
         (LlamaConfig(**GROUPED, multipole={"block_size": 8, "rank": 3}), "rank 3 does not divide block_size 8"),
+        (LlamaConfig(**GROUPED, multipole={"layers": [2]}), r"layers is \[2\].*from 0 to 1"),
+        (LlamaConfig(**GROUPED, multipole={"layers": []}), "layers is .*a list of layer numbers"),
+        (LlamaConfig(**GROUPED, multipole=8), "config.multipole is 8, but must be a dict"),
+        (LlamaConfig(**GROUPED, multipole={"size_weighting": "yes"}), "size_weighting is 'yes'"),
+        (LlamaConfig(**GROUPED, multipole={"summary": "sum"}), "summary is 'sum', but must be one of"),
+        (LlamaConfig(**GROUPED, multipole={"far_bias_init": "low"}), "far_bias_init is 'low'"),
+        (LlamaConfig(**GROUPED, multipole={"summary": "hierarchical"}), "learned parts.*hf_multipole.convert"),
+        (BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4), "attention mask itself.*'sdpa' or 'eager'"),
     ],
-    ids=["gpt2", "option", "rank"],
+    ids=["gpt2", "option", "rank", "layer", "no layer", "kind", "weighting", "summary", "bias", "parts", "own attention"],
 )
 def test_refused_decoders(ids, config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build(config)(ids)
 
 
@@ -284,8 +394,7 @@ def test_refused_encoder_decoders(ids, config, message):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"position_ids": torch.cat([torch.arange(30), torch.arange(45)])[None]}, "packed rows.*'sdpa'"),
-        ({"cu_seq_lens_q": torch.tensor([0, 30, N])}, "packed rows.*cu_seq_lens_q.*its own row"),
+        ({"cu_seq_lens_q": torch.tensor([0, 30, N])}, "position_ids that start anew.*its own row"),
         ({"attention_mask": torch.ones(2, 1, N, N)}, r"a mask of shape \(2, 1, 75, 75\)"),
         ({"position_bias": torch.zeros(1, 4, N, N)}, "position_bias.*'eager' or 'sdpa'"),
         ({"sliding_window": 16}, "sliding_window.*'sdpa'"),
@@ -341,10 +450,9 @@ def test_a_foreign_mask_is_refused():
     module = torch.nn.Module()
     module.config = DECODERS["llama"]
     q, k, v = (torch.randn(1, heads, N, 8) for heads in (4, 2, 2))
-    for mask in (None, torch.zeros(1, 1, N, N)):
-        with pytest.raises(ValueError, match="needs the mask that its own mask function makes"):
-            attention_functions.multipole_attention_forward(module, q, k, v, mask)
-    with pytest.raises(ValueError, match="asks for 'window'"):
+    with pytest.raises(ValueError, match="needs the mask that its own mask function makes"):
+        attention_functions.multipole_attention_forward(module, q, k, v, torch.zeros(1, 1, N, N))
+    with pytest.raises(ValueError, match="another pattern .*window"):
 
         def window(*args):
             return True
@@ -353,6 +461,22 @@ def test_a_foreign_mask_is_refused():
     mask = attention_functions.multipole_mask(1, N, N, mask_function=causal_mask_function, config=module.config)
     with pytest.raises(ValueError, match="the mask is for 75 keys, but there are 60"):
         attention_functions.multipole_attention_forward(module, q, k[:, :, :60], v[:, :, :60], mask)
+    # Without a mask: other tokens than its own are not for this attention.
+    with pytest.raises(ValueError, match="cross-attention.*75 queries, 60 keys"):
+        attention_functions.multipole_attention_forward(module, q, k[:, :, :60], v[:, :, :60], None)
+    module.is_cross_attention = True
+    with pytest.raises(ValueError, match="cross-attention"):
+        attention_functions.multipole_attention_forward(module, q, k, v, None)
+
+
+@pytest.mark.parametrize("pattern", ["image", "two"])
+def test_other_patterns_are_refused(pattern):
+    """Overlays of packed rows, such as the bidirectional parts of some multimodal models."""
+    documents = torch.arange(N)[None] // 30
+    packed = packed_sequence_mask_function(documents)
+    mask = or_masks(causal_mask_function, packed) if pattern == "image" else and_masks(causal_mask_function, packed, packed)
+    with pytest.raises(ValueError, match="another pattern"):
+        attention_functions.multipole_mask(1, N, N, mask_function=mask, config=DECODERS["llama"])
 
 
 def test_registering_again_changes_nothing():
@@ -363,5 +487,5 @@ def test_registering_again_changes_nothing():
     spec = importlib.util.spec_from_file_location("hf_multipole.modeling.a_copy", attention_functions.__file__)
     second = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(second)
-    assert second.multipole_mask is not attention_functions.multipole_mask
+    assert second.multipole_attention_forward is not before[0]
     assert (AttentionInterface()["multipole"], AttentionMaskInterface()["multipole"]) == before

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 MODELING = Path(hf_multipole.__file__).parent / "modeling"
 FILES = sorted(path for path in MODELING.glob("*.py") if path.name != "__init__.py")
 # The files that speak to Transformers. All others are mathematics, and know torch alone.
-INTERFACE = {"attention_functions", "cache_multipole", "configuration_multipole", "modeling_multipole"}
+INTERFACE = {"attention_functions", "attention_masks", "cache_multipole", "configuration_multipole", "modeling_multipole"}
 
 
 def run(script: str, *arguments, cwd) -> str:

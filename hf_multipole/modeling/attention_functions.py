@@ -1,16 +1,14 @@
-"""Multipole attention as an attention implementation of Transformers: the attention function and its mask function."""
-
-from dataclasses import dataclass, field, replace
+"""Multipole attention as an attention implementation of Transformers: the attention function."""
 
 import torch
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from .attention_masks import MultipoleMask, WindowMask, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
-from .hierarchy import Alignment, align_rows, block_of, check_rows
-from .multipole_attention import aligned_attention, check_sizes
-from .state_multipole import MultipoleState, NewTokens
+from .configuration_multipole import attention_options
+from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
 
 # What other models pass for features that this attention does not have; None or False means that the feature is off.
@@ -18,170 +16,11 @@ _UNSUPPORTED = {
     "sliding_window": "the model passed it to a layer whose mask has no window; use 'sdpa'",
     "position_bias": "models with an additive position bias need 'eager' or 'sdpa'",
     "s_aux": "models with attention sinks need 'eager' or 'sdpa'",
+    "sinks": "models with attention sinks need 'eager' or 'sdpa'",
+    "indices": "models that choose single tokens need 'eager' or 'sdpa'",
+    "block_indices": "models that choose single blocks need 'eager' or 'sdpa'",
     "head_mask": "prune heads instead",
 }
-
-
-@dataclass(eq=False)
-class MultipoleMask:
-    """What the mask function hands to every layer: the direction, and where padded or packed tokens lie.
-
-    What is worked out of it is worked out once a forward, when the first layer asks for it.
-    """
-
-    causal: bool
-    batch: int
-    queries: int  # new tokens in a row
-    length: int | None  # tokens in a row of keys; None where only a compiled step on a state will use it
-    block_size: int
-    attention_mask: torch.Tensor | None = None  # (batch, length) bool; None where there is no padding
-    segment_ids: torch.Tensor | None = None  # (batch, length): documents of packed rows
-    position_ids: torch.Tensor | None = None  # (batch or 1, queries)
-
-    def to(self, *args, **kwargs) -> "MultipoleMask":
-        given = {name: getattr(self, name) for name in ("attention_mask", "segment_ids", "position_ids")}
-        moved = replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items() if x is not None})
-        if self._alignment is not None:
-            moved._alignment = Alignment(*(x.to(*args, **kwargs) for x in self._alignment))
-        return moved
-
-    _alignment: Alignment | None = field(default=None, init=False, repr=False)
-    _new_tokens: list[NewTokens] | None = field(default=None, init=False, repr=False)
-    _past_checked: bool = field(default=False, init=False, repr=False)
-
-    @property
-    def alignment(self) -> Alignment | None:
-        if self._alignment is None and not (self.attention_mask is None and self.segment_ids is None):
-            if not torch.compiler.is_compiling():
-                check_rows(self.attention_mask, self.segment_ids)
-            self._alignment = align_rows(self.attention_mask, self.segment_ids, block_of(self.length, self.block_size))
-        return self._alignment
-
-    @property
-    def new_tokens(self) -> list[NewTokens]:
-        """What each row brings to a generation state."""
-        if self._new_tokens is None:
-            self._new_tokens = self._find_new_tokens()
-        return self._new_tokens
-
-    def _find_new_tokens(self) -> list[NewTokens]:
-        if self.attention_mask is not None:
-            new = self.attention_mask[:, -self.queries :]
-            check_rows(new, None)
-            count = new.sum(1)
-            start = new.int().argmax(1)
-        else:
-            start = torch.zeros(self.batch, dtype=torch.long)
-            count = torch.full_like(start, self.queries)
-        if self.position_ids is None:
-            return [NewTokens(*row) for row in torch.stack([start, count], 1).tolist()]
-        positions = self.position_ids.expand(self.batch, -1)
-        start, count = (x.to(positions.device) for x in (start, count))
-        column = torch.arange(1, self.queries, device=positions.device)
-        real = (column > start[:, None]) & (column < (start + count)[:, None])
-        even = ((positions.diff(dim=1) == 1) | ~real).all(1)
-        rows = torch.stack([start, count, positions.gather(1, start[:, None])[:, 0], even], 1).tolist()
-        return [NewTokens(start, count, position if even else None) for start, count, position, even in rows]
-
-    def check_past(self, state: MultipoleState) -> None:
-        """Raises ValueError where the mask contradicts a generation state, or the tokens do not continue it. A few columns are
-        looked at, so that the cost of a step does not grow with the length: not holes in what was read before.
-        """
-        if len(state.rows) == self.batch and not self._past_checked:
-            self._check_mask(state)
-            self._past_checked = True
-        state.check(self.new_tokens)
-
-    def _check_mask(self, state: MultipoleState) -> None:
-        past = state.seen
-        if past == 0:
-            return
-        if self.attention_mask is None:
-            wrong = [i for i, row in enumerate(state.rows) if row.length != past]
-        else:
-            columns = [[max(row.begin - 1, 0), min(row.begin, past - 1)] for row in state.rows]
-            found = self.attention_mask.gather(1, torch.tensor(columns, device=self.attention_mask.device)).tolist()
-            wrong = [i for i, row in enumerate(state.rows) if found[i] != [row.begin == 0 and row.length > 0, row.length > 0]]
-        if wrong:
-            raise ValueError(
-                f"attention_mask contradicts the cache: row {wrong[0]} began with {state.rows[wrong[0]].begin} padding tokens when it "
-                "was filled; pass the mask of all tokens so far"
-            )
-
-
-@dataclass(eq=False)
-class WindowMask:
-    """Mask of the layers of a model that see a window only, which is cheap: they stay exact."""
-
-    mask: torch.Tensor  # (batch, 1, queries, keys) bool, True where a query sees a key
-
-    def to(self, *args, **kwargs) -> "WindowMask":
-        return replace(self, mask=self.mask.to(*args, **kwargs))
-
-
-def attention_options(config) -> dict:
-    """The multipole options of a configuration: of our own models, or of ``config.multipole`` on others."""
-    options = {"block_size": 64, "rank": 4, "size_weighting": True}
-    if config.model_type == "multipole":
-        return {name: getattr(config, name) for name in options}
-    given = getattr(config, "multipole", None) or {}
-    unknown = sorted(set(given) - set(options))
-    if unknown:
-        raise ValueError(f"config.multipole has {unknown[0]!r}, but the options are {', '.join(map(repr, options))}")
-    options |= given
-    check_sizes(options["block_size"], options["rank"])
-    return options
-
-
-def multipole_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    segment_ids: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    config=None,
-    **kwargs,
-) -> MultipoleMask | WindowMask:
-    """Mask function of "multipole" for Transformers' mask interface.
-
-    attention_mask: ``(batch, n)`` padding; from our own models, segment_ids ``(batch, n)`` of packed rows and position_ids
-    ``(batch or 1, queries)``.
-
-    Raises ValueError for patterns other than causal and bidirectional, and for padding inside a row.
-    """
-    name = getattr(mask_function, "__name__", "a custom pattern")
-    if name not in (causal_mask_function.__name__, bidirectional_mask_function.__name__):
-        if kwargs.pop("local_size", None) is not None:
-            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
-            return WindowMask(sdpa_mask(*sizes, mask_function=mask_function, attention_mask=attention_mask, **kwargs))
-        raise ValueError(
-            f"attn_implementation='multipole' has causal and bidirectional masks, with padding, but this model asks for {name!r} "
-            "(packed rows or a custom pattern); use attn_implementation='sdpa' for it. Under torch.compile, rows "
-            "without an attention_mask count as packed: pass one"
-        )
-    causal = name == causal_mask_function.__name__
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ValueError("attn_implementation='multipole' does not support cross-attention, which this model has; use 'sdpa'")
-    # Static caches give their offset as a tensor, and hold keys of tokens that are still to come.
-    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
-        raise ValueError(
-            f"attn_implementation='multipole' needs the queries to be the last of the {kv_length} tokens of the keys: "
-            "static caches and cross-attention are not supported; use a dynamic cache, or 'sdpa'"
-        )
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-        if attention_mask.shape[1] != kv_length:
-            raise ValueError(f"attention_mask has {attention_mask.shape[1]} tokens, but there are {kv_length} keys")
-        # Not in a step of generation, whose cost must not grow with the length.
-        if q_length == kv_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
-            attention_mask = None
-    block_size = attention_options(config)["block_size"]
-    return MultipoleMask(causal, batch_size, q_length, kv_length, block_size, attention_mask, segment_ids, position_ids)
 
 
 @torch.compiler.disable
@@ -217,7 +56,7 @@ def attend_state(
     length = seen + q.shape[2] if attention_mask is None else attention_mask.shape[1]
     if length != seen + q.shape[2]:
         raise ValueError(f"attention_mask has {length} tokens, but the cache and the input have {seen} + {q.shape[2]}")
-    block_size = attention_options(attention.config)["block_size"]
+    block_size = attention.config.block_size
     mask = MultipoleMask(True, len(q), q.shape[2], length, block_size, attention_mask, None, position_ids)
     rotary = None if rotary is None else numbered(rotary).rotate_at
     return _attend_past(attention, state_layer, q, k, v, mask, softcap, scale, rotary).contiguous()
@@ -240,22 +79,55 @@ def _(layer):
 
 
 def _options(module, softcap, scale, key_summary=None) -> dict:
-    """What the attention depends on beside tokens and masks: learned parts are attributes of ``module``."""
-    return attention_options(module.config) | {
-        "key_summary": getattr(module, "key_summary", None) if key_summary is None else key_summary,
-        "value_summary": getattr(module, "value_summary", None),
-        "far_bias": getattr(module, "far_bias", None),
+    """What the attention depends on beside tokens and masks."""
+    options = attention_options(module.config)
+    parts = learned_parts(module)
+    if (
+        parts is module
+        and module.config.model_type != "multipole"
+        and (options["summary"] != "mean" or options["far_bias_init"] is not None)
+    ):
+        raise ValueError(
+            f"config.multipole asks for learned parts ({options['summary']!r} summaries), which this model does not have: load it with "
+            "from_pretrained or from_config of an Auto class, or give them to it with hf_multipole.convert"
+        )
+    return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
+        "key_summary": getattr(parts, "key_summary", None) if key_summary is None else key_summary,
+        "value_summary": getattr(parts, "value_summary", None),
+        "far_bias": getattr(parts, "far_bias", None),
         "softcap": softcap,
         "scale": scale,
     }
 
 
-def _window_attention(q, k, v, mask, dropout, scale, softcap, output_attentions):
-    """Exact attention ``(batch, queries, heads, value_dim)`` of a layer with a window, and its weights if asked for."""
+def learned_parts(module: nn.Module) -> nn.Module:
+    """What has the learned summaries and the far bias of an attention module: itself, or its part of that name, once converted."""
+    return getattr(module, "multipole", module)
+
+
+def _is_exact(module) -> bool:
+    """Whether a stock model has left this layer exact."""
+    layers = attention_options(module.config)["layers"]
+    if layers is None:
+        return False
+    if getattr(module, "layer_idx", None) is None:
+        raise ValueError(f"layers cannot be chosen in this model: its {type(module).__name__} has no layer number; leave 'layers' out")
+    return module.layer_idx not in layers
+
+
+def _exact_attention(q, k, v, mask, causal, dropout, scale, softcap, output_attentions):
+    """Exact attention ``(batch, queries, heads, value_dim)``, and its weights if asked for.
+
+    mask: ``(batch or 1, 1, queries, keys)`` bool, True where a query sees a key; None for all, or for what ``causal`` says.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if softcap is None and not output_attentions:
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        causal = causal and mask is None and q.shape[2] > 1
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal)
         return out.transpose(1, 2).contiguous(), None
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        mask = mask.tril() if causal else mask
     logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -263,6 +135,21 @@ def _window_attention(q, k, v, mask, dropout, scale, softcap, output_attentions)
     # A padding query sees nothing.
     weights = nn.functional.dropout(weights.masked_fill(~mask, 0), dropout)
     return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
+def _unmasked(module, query, key, is_causal: bool | None) -> MultipoleMask:
+    """The mask of models that pass none, such as encoders of images, as Transformers understands it: no padding, and causal if the
+    argument says so, or else the module.
+    """
+    refuse_cross_attention(module.config)
+    if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__ or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"attn_implementation='multipole' does not support cross-attention ({type(module).__name__}: {query.shape[2]} queries, "
+            f"{key.shape[2]} keys), nor caches without a mask; use 'sdpa'"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    n, block_size = key.shape[2], attention_options(module.config)["block_size"]
+    return MultipoleMask(bool(causal), len(query), n, n, block_size)
 
 
 def multipole_attention_forward(
@@ -280,7 +167,7 @@ def multipole_attention_forward(
     rotary=None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention function of "multipole": see :func:`multipole_attention`; learned parts are attributes of ``module``.
+    """Attention function of "multipole": see :func:`multipole_attention`; for the learned parts, :func:`learned_parts`.
 
     query: ``(batch, heads, queries, head_dim)``, key and value ``(batch, kv_heads, n, head_dim)``; or, with a generation state,
     key is the cache layer's PastTokens and value holds the new tokens.
@@ -291,7 +178,9 @@ def multipole_attention_forward(
         if kwargs.get(name) is not None and not (windowed and name == "sliding_window"):
             raise ValueError(f"attn_implementation='multipole' does not support {name}: {remedy}")
     if windowed:
-        return _window_attention(query, key, value, attention_mask.mask, dropout, scaling, softcap, output_attentions)
+        return _exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, output_attentions)
+    if attention_mask is None and isinstance(key, torch.Tensor):
+        attention_mask = _unmasked(module, query, key, kwargs.get("is_causal"))
     if not isinstance(attention_mask, MultipoleMask):
         got = f"a mask of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, torch.Tensor) else repr(attention_mask)
         raise ValueError(
@@ -310,9 +199,12 @@ def multipole_attention_forward(
         )
     if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
         raise ValueError(
-            "attn_implementation='multipole' supports packed rows (cu_seq_lens_q) in the multipole models only; "
-            "give each document its own row, or use 'flash_attention_2'"
+            "attn_implementation='multipole' needs position_ids that start anew with each packed document beside cu_seq_lens_q, no "
+            "attention_mask and use_cache=False; or give each document its own row"
         )
+    if past is None and _is_exact(module):
+        mask = attention_mask.pairs(query.device)
+        return _exact_attention(query, key, value, mask, attention_mask.causal, dropout, scaling, softcap, output_attentions)
     tokens = key if past is None else key.new
     if torch.is_autocast_enabled(query.device.type):
         query, tokens, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, tokens, value))

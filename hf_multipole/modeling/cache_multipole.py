@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .configuration_multipole import attention_options
 from .hierarchy import level_count
 from .state_multipole import MultipoleState
 from .summaries import DirectSummary, MeanSummary
@@ -283,9 +284,10 @@ class MultipoleCache(DynamicCache):
         self._model = None
         config = config.get_text_config(decoder=True)
         if config.model_type != "multipole" and config._attn_implementation == "multipole":
+            chosen = attention_options(config)["layers"]
             for i, layer in enumerate(self.layers):
-                # Sliding-window and recurrent layers keep what they keep.
-                if type(layer) is DynamicLayer:
+                # Layers with a window, recurrent ones and those that were left exact keep what they keep.
+                if type(layer) is DynamicLayer and (chosen is None or i in chosen):
                     self.layers[i] = MultipoleLayer()
                     self.layers[i].always = True
         for layer in self.layers:

@@ -1,5 +1,7 @@
 """Configuration of the multipole models."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -8,6 +10,41 @@ from .multipole_attention import check_sizes
 
 LAYER_TYPES = ("multipole_attention", "full_attention")
 SUMMARIES = ("hierarchical", "direct", "mean")
+# Options of ``config.multipole`` on models of other kinds, and their defaults: means of groups, in all layers without a window.
+STOCK_OPTIONS = {"block_size": 64, "rank": 4, "summary": "mean", "size_weighting": True, "far_bias_init": None, "layers": None}
+
+
+def attention_options(config: PreTrainedConfig) -> dict:
+    """The options of multipole attention in a configuration: the fields of our own, or ``config.multipole`` of others.
+
+    Raises ValueError for an option that is unknown or out of range.
+    """
+    if config.model_type == "multipole":
+        return {name: getattr(config, name) for name in ("block_size", "rank", "summary", "size_weighting", "far_bias_init")} | {
+            "layers": None
+        }
+    given = getattr(config, "multipole", None) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config.multipole is {given!r}, but must be a dict such as {{'block_size': 64, 'rank': 4}}")
+    unknown = sorted(set(given) - set(STOCK_OPTIONS))
+    if unknown:
+        raise ValueError(f"config.multipole has {unknown[0]!r}, but the options are {', '.join(map(repr, STOCK_OPTIONS))}")
+    options = STOCK_OPTIONS | given
+    check_sizes(options["block_size"], options["rank"])
+    if options["summary"] not in SUMMARIES:
+        raise ValueError(f"summary is {options['summary']!r}, but must be one of {', '.join(map(repr, SUMMARIES))}")
+    if not isinstance(options["size_weighting"], bool):
+        raise ValueError(f"size_weighting is {options['size_weighting']!r}, but must be true or false")
+    bias = options["far_bias_init"]
+    if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias)):
+        raise ValueError(f"far_bias_init is {bias!r}, but must be a finite number, or None for no bias")
+    layers = options["layers"]
+    if layers is not None:
+        numbers = range(config.num_hidden_layers)
+        wrong = [x for x in layers if isinstance(x, bool) or x not in numbers] if isinstance(layers, list | tuple) else [layers]
+        if wrong or not layers:
+            raise ValueError(f"layers is {layers!r}, but must be a list of layer numbers from 0 to {numbers[-1]}, or None for all")
+    return options
 
 
 @strict

@@ -26,7 +26,8 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_functions import MultipoleMask, seen
+from .attention_functions import seen
+from .attention_masks import MultipoleMask
 from .cache_multipole import check_cache, compiled_state, keeps_state, take_number
 from .configuration_multipole import MultipoleConfig
 from .hierarchy import level_count
