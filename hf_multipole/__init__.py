@@ -1,6 +1,7 @@
 """Fast multipole attention for Transformers.
 
-Importing this package registers the multipole models with the Auto classes and "multipole" as an attention implementation.
+Importing this package registers the multipole models with the Auto classes, "multipole" as an attention implementation, and what
+checkpoints of converted models need to load.
 """
 
 from transformers import (
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .integration.conversion import convert, revert
 from .modeling.cache_multipole import MultipoleCache
 from .modeling.configuration_multipole import MultipoleConfig
 from .modeling.modeling_multipole import (
@@ -44,5 +46,7 @@ __all__ = [
     "MultipoleForSequenceClassification",
     "MultipoleForTokenClassification",
     "MultipoleModel",
+    "convert",
     "multipole_attention",
+    "revert",
 ]

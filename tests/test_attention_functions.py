@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from stock_models import BLOCK, CLOSE, DECODERS, ENCODERS, GROUPED, IMAGES, OPTIONS, RANK, SIZES, N, build, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -12,20 +13,9 @@ from transformers import (
     BartConfig,
     BertConfig,
     BloomConfig,
-    DistilBertConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
     GPT2Config,
-    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
-    ModernBertConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    RobertaConfig,
-    SmolLM3Config,
     StaticCache,
     T5Config,
     ViTConfig,
@@ -43,50 +33,6 @@ from transformers.modeling_utils import AttentionInterface
 from hf_multipole import MultipoleCache
 from hf_multipole.modeling import attention_functions
 from hf_multipole.reference import multipole_attention_reference
-
-BLOCK, RANK, N = 8, 2, 75
-SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, pad_token_id=0)
-GROUPED = SIZES | dict(num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
-OPTIONS = {"multipole": {"block_size": BLOCK, "rank": RANK}}
-CLOSE = {"atol": 1e-11, "rtol": 1e-9}
-
-DECODERS = {
-    "llama": LlamaConfig(**GROUPED, **OPTIONS),
-    "qwen3": Qwen3Config(**GROUPED, head_dim=8, **OPTIONS),
-    "mistral": MistralConfig(**GROUPED, sliding_window=None, **OPTIONS),
-    "phi3": Phi3Config(**GROUPED, **OPTIONS),
-    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, **OPTIONS),
-    # Every other layer has a window, and all logits are soft-capped.
-    "gemma2": Gemma2Config(**GROUPED, head_dim=8, sliding_window=16, attn_logit_softcapping=3.0, **OPTIONS),
-    "qwen3 with windows": Qwen3Config(**GROUPED, head_dim=8, use_sliding_window=True, sliding_window=20, max_window_layers=1, **OPTIONS),
-    "gpt_neox": GPTNeoXConfig(**SIZES, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, **OPTIONS),
-    "qwen2": Qwen2Config(**GROUPED, **OPTIONS),
-    "olmo2": Olmo2Config(**GROUPED, **OPTIONS),
-    "smollm3": SmolLM3Config(**GROUPED, **OPTIONS),
-    # One layer in two has a window here.
-    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=16, sliding_window_pattern=2, **OPTIONS),
-}
-ENCODERS = {
-    "bert": BertConfig(**SIZES, max_position_embeddings=256, **OPTIONS),
-    # Positions start after that of the padding token.
-    "roberta": RobertaConfig(**SIZES, max_position_embeddings=256, **OPTIONS),
-    "distilbert": DistilBertConfig(vocab_size=50, dim=32, hidden_dim=32, n_layers=2, n_heads=4, max_position_embeddings=256, **OPTIONS),
-    # The first layer of these is global, the second has a window.
-    "modernbert": ModernBertConfig(**SIZES, local_attention=20, global_attn_every_n_layers=2, **OPTIONS),
-}
-
-
-def build(config, auto_class=AutoModelForCausalLM, implementation="multipole"):
-    torch.manual_seed(0)
-    model = auto_class.from_config(copy.deepcopy(config), attn_implementation=implementation)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    return model.double().eval()
-
-
-def tokens(rows=2, n=N):
-    return torch.randint(3, 50, (rows, n), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -147,9 +93,8 @@ def test_encoders(name, ids):
 
 def test_an_encoder_of_images():
     """It passes no mask at all: every patch sees every other."""
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, patch_size=4)
     for image, exact in ((12, True), (32, False)):  # 9 and 64 patches, and the class token
-        config = ViTConfig(**sizes, image_size=image, **OPTIONS)
+        config = ViTConfig(**IMAGES | {"image_size": image}, **OPTIONS)
         torch.manual_seed(0)
         model = ViTModel._from_config(copy.deepcopy(config), attn_implementation="multipole").double().eval()
         sdpa = ViTModel._from_config(copy.deepcopy(config), attn_implementation="sdpa").double().eval()
@@ -373,10 +318,9 @@ BART = BartConfig(
         (LlamaConfig(**GROUPED, multipole={"size_weighting": "yes"}), "size_weighting is 'yes'"),
         (LlamaConfig(**GROUPED, multipole={"summary": "sum"}), "summary is 'sum', but must be one of"),
         (LlamaConfig(**GROUPED, multipole={"far_bias_init": "low"}), "far_bias_init is 'low'"),
-        (LlamaConfig(**GROUPED, multipole={"summary": "hierarchical"}), "learned parts.*hf_multipole.convert"),
         (BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4), "attention mask itself.*'sdpa' or 'eager'"),
     ],
-    ids=["gpt2", "option", "rank", "layer", "no layer", "kind", "weighting", "summary", "bias", "parts", "own attention"],
+    ids=["gpt2", "option", "rank", "layer", "no layer", "kind", "weighting", "summary", "bias", "own attention"],
 )
 def test_refused_decoders(ids, config, message):
     with pytest.raises((ValueError, TypeError), match=message):
@@ -477,6 +421,14 @@ def test_other_patterns_are_refused(pattern):
     mask = or_masks(causal_mask_function, packed) if pattern == "image" else and_masks(causal_mask_function, packed, packed)
     with pytest.raises(ValueError, match="another pattern"):
         attention_functions.multipole_mask(1, N, N, mask_function=mask, config=DECODERS["llama"])
+
+
+def test_another_owner_of_the_name_is_refused(monkeypatch):
+    def flash(module, query, key, value, mask, **kwargs): ...
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "multipole", flash)
+    with pytest.raises(ValueError, match="another package has registered .*flash as the attention implementation 'multipole'"):
+        attention_functions.register()
 
 
 def test_registering_again_changes_nothing():

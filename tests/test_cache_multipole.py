@@ -286,7 +286,7 @@ def test_greedy_generation(options):
     with torch.no_grad():
         logits = model(out, use_cache=False).logits
         torch.testing.assert_close(out[:, 30:], logits[:, 29:-1].argmax(-1))
-    assert len(out[0, 30:].unique()) > 3  # not a model that says one thing only
+    assert len(out[0, 30:].unique()) > 2  # not a model that says one thing only
 
     # Rows of unequal length, padded on the left.
     short = prompt[1:, 13:]

@@ -74,9 +74,9 @@ def test_every_field_reaches_the_model():
     full, multipole = model.layers[0].self_attn, model.layers[1].self_attn
     assert multipole.q_proj.weight.shape == (60, 48) and multipole.k_proj.weight.shape == (20, 48)
     assert multipole.q_proj.bias is not None and multipole.o_proj.weight.shape == (48, 60)
-    assert not hasattr(full, "key_summary")
-    assert multipole.far_bias.shape == (6, level_count(512, 16)) and (multipole.far_bias == -3).all()
-    assert [weight.shape for weight in multipole.value_summary.levels][1] == (2, 2, 32, 10)
+    assert not hasattr(full, "far_field")
+    assert multipole.far_field.far_bias.shape == (6, level_count(512, 16)) and (multipole.far_field.far_bias == -3).all()
+    assert [weight.shape for weight in multipole.far_field.value_summary.levels][1] == (2, 2, 32, 10)
     assert model.layers[0].mlp.gate_proj.weight.shape == (80, 48) and model.norm.eps == 1e-5
 
 

@@ -90,12 +90,12 @@ def reference_of(call, causal=True, **options):
         value,
         block_size=config.block_size,
         rank=config.rank,
-        key_summary=module.key_summary,
-        value_summary=module.value_summary,
+        key_summary=module.far_field.key_summary,
+        value_summary=module.far_field.value_summary,
         far_keys=kwargs.get("far_keys"),
         causal=causal,
         size_weighting=config.size_weighting,
-        far_bias=module.far_bias,
+        far_bias=module.far_field.far_bias,
         return_weights=True,
         **options,
     )
@@ -366,7 +366,7 @@ def test_hybrid_layers(spy, ids):
     model(ids)
     assert [call[0].layer_idx for call in kinds["multipole"]] == [0, 2]
     assert [call[0].layer_idx for call in kinds["sdpa"]] == [1]
-    assert [hasattr(layer.self_attn, "far_bias") for layer in model.model.layers] == [True, False, True]
+    assert [hasattr(layer.self_attn, "far_field") for layer in model.model.layers] == [True, False, True]
 
 
 # Training
@@ -708,7 +708,7 @@ def check_start(model):
             # Exactly: one over the tokens of a segment, and one half for each child.
             assert module.tokens.unique().tolist() == [0, RANK / BLOCK] and module.merge.unique().tolist() == [0, 1 / 2]
         if isinstance(module, MultipoleAttention):
-            assert (module.far_bias == model.config.far_bias_init).all()
+            assert (module.far_field.far_bias == model.config.far_bias_init).all()
     assert count == 2 * model.config.num_hidden_layers
     fresh = MultipoleModel(model.config).rotary_emb
     backbone = getattr(model, "model", model)
@@ -915,7 +915,7 @@ def test_direct_summaries_have_a_greatest_length():
 def test_hierarchical_summaries_have_none():
     """Rows far longer than max_position_embeddings, whose levels share the last column of the far bias."""
     model = build(max_position_embeddings=64)
-    assert model.model.layers[0].self_attn.far_bias.shape[1] < 6
+    assert model.model.layers[0].self_attn.far_field.far_bias.shape[1] < 6
     ids = tokens(n=600)
     assert model(ids).logits.isfinite().all()
     out = model(ids[:, :599], use_cache=True)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 MODELING = Path(hf_multipole.__file__).parent / "modeling"
 FILES = sorted(path for path in MODELING.glob("*.py") if path.name != "__init__.py")
 # The files that speak to Transformers. All others are mathematics, and know torch alone.
-INTERFACE = {"attention_functions", "attention_masks", "cache_multipole", "configuration_multipole", "modeling_multipole"}
+INTERFACE = {"attention_functions", "attention_masks", "cache_multipole", "configuration_multipole", "far_field", "modeling_multipole"}
 
 
 def run(script: str, *arguments, cwd) -> str:
@@ -186,7 +186,7 @@ ids, logits, hidden = torch.load(folder + "/expected.pt")
 def check(model):
     torch.testing.assert_close(model.eval()(ids).logits, logits)
     model(ids, labels=ids).loss.backward()
-    assert model.model.layers[0].self_attn.key_summary.tokens.grad.abs().max() > 0
+    assert model.model.layers[0].self_attn.far_field.key_summary.tokens.grad.abs().max() > 0
     out = model.generate(ids[:, :30], max_new_tokens=20, do_sample=False)
     torch.testing.assert_close(out[:, 30:], model(out).logits[:, 29:-1].argmax(-1))
 """

@@ -31,7 +31,7 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
         raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    options = _options(module, softcap, scale) | {"max_length": getattr(module.config, "max_position_embeddings", 1)}
+    options = _options(module, q, softcap, scale) | {"max_length": getattr(module.config, "max_position_embeddings", 1)}
     return layer.attend(q, k, v, mask.new_tokens, rotary=rotary, **options)
 
 
@@ -78,31 +78,22 @@ def _(layer):
     return torch.empty((), dtype=torch.long)
 
 
-def _options(module, softcap, scale, key_summary=None) -> dict:
+def _options(module, query, softcap, scale, key_summary=None) -> dict:
     """What the attention depends on beside tokens and masks."""
     options = attention_options(module.config)
-    parts = learned_parts(module)
-    if (
-        parts is module
-        and module.config.model_type != "multipole"
-        and (options["summary"] != "mean" or options["far_bias_init"] is not None)
-    ):
+    far_field = getattr(module, "far_field", None)
+    if far_field is None and (options["summary"] != "mean" or options["far_bias_init"] is not None):
         raise ValueError(
             f"config.multipole asks for learned parts ({options['summary']!r} summaries), which this model does not have: load it with "
             "from_pretrained or from_config of an Auto class, or give them to it with hf_multipole.convert"
         )
     return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
-        "key_summary": getattr(parts, "key_summary", None) if key_summary is None else key_summary,
-        "value_summary": getattr(parts, "value_summary", None),
-        "far_bias": getattr(parts, "far_bias", None),
+        "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
+        "value_summary": getattr(far_field, "value_summary", None),
+        "far_bias": None if far_field is None else far_field(query),
         "softcap": softcap,
         "scale": scale,
     }
-
-
-def learned_parts(module: nn.Module) -> nn.Module:
-    """What has the learned summaries and the far bias of an attention module: itself, or its part of that name, once converted."""
-    return getattr(module, "multipole", module)
 
 
 def _is_exact(module) -> bool:
@@ -167,7 +158,7 @@ def multipole_attention_forward(
     rotary=None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention function of "multipole": see :func:`multipole_attention`; for the learned parts, :func:`learned_parts`.
+    """Attention function of "multipole": see :func:`multipole_attention`; learned parts are in ``module.far_field``.
 
     query: ``(batch, heads, queries, head_dim)``, key and value ``(batch, kv_heads, n, head_dim)``; or, with a generation state,
     key is the cache layer's PastTokens and value holds the new tokens.
@@ -227,7 +218,7 @@ def multipole_attention_forward(
         causal=attention_mask.causal,
         dropout_p=dropout,
         return_weights=bool(output_attentions),
-        **_options(module, softcap, scaling, key_summary),
+        **_options(module, query, softcap, scaling, key_summary),
     )
     return out.transpose(1, 2).contiguous(), weights
 
@@ -235,10 +226,18 @@ def multipole_attention_forward(
 def register() -> None:
     """Makes "multipole" known to Transformers. Doing it again changes nothing: this file may also be loaded from a checkpoint, and
     masks must come from the same copy of it as the attention function, for models that are already there too.
+
+    Raises ValueError where another package has taken the name.
     """
-    if "multipole" not in AttentionInterface():
+    there = AttentionInterface().get("multipole")
+    if there is None:
         AttentionInterface.register("multipole", multipole_attention_forward)
         AttentionMaskInterface.register("multipole", multipole_mask)
+    elif there.__qualname__ != multipole_attention_forward.__qualname__:
+        raise ValueError(
+            f"another package has registered {there.__module__}.{there.__qualname__} as the attention implementation 'multipole': "
+            "import hf_multipole without it"
+        )
 
 
 register()

@@ -219,17 +219,17 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
         state = getattr(layer, "state", None)
         if state is None:
             continue
-        if not hasattr(attention, "key_summary"):
+        if not hasattr(attention, "far_field"):
             raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
         if mask is None:
             layer.check_exact()
-        layer.check_model(config.block_size, config.rank, isinstance(attention.key_summary, DirectSummary))
+        layer.check_model(config.block_size, config.rank, isinstance(attention.far_field.key_summary, DirectSummary))
         dim, dtype = config.head_dim, attention.k_proj.weight.dtype
         if torch.is_autocast_enabled(model.device.type):
             dtype = torch.get_autocast_dtype(model.device.type)
         state.check_tokens(config.num_key_value_heads, dim * (2 if config.rotate_summaries else 1), dim, dtype)
         mask.check_past(state)
-        state.check_levels(mask.new_tokens, attention.key_summary)
+        state.check_levels(mask.new_tokens, attention.far_field.key_summary)
         if model.training and config.attention_dropout:
             raise ValueError(NO_DROPOUT)
     if hasattr(cache, "bind"):

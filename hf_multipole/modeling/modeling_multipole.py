@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -29,9 +28,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_functions import seen
 from .attention_masks import MultipoleMask
 from .cache_multipole import check_cache, compiled_state, keeps_state, take_number
-from .configuration_multipole import MultipoleConfig
+from .configuration_multipole import MultipoleConfig, attention_options
+from .far_field import FarField
 from .hierarchy import level_count
-from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
+from .summaries import MeanSummary, compute_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -140,24 +140,12 @@ class MultipoleAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
         if self.layer_type == "multipole_attention":
-            self.key_summary, self.value_summary = self._summary(), self._summary()
-            self.far_bias = None
-            if config.far_bias_init is not None:
-                levels = max(1, level_count(config.max_position_embeddings, config.block_size))
-                self.far_bias = nn.Parameter(torch.full((heads, levels), float(config.far_bias_init)))
+            options = attention_options(config)
+            self.far_field = FarField(options, heads, kv_heads, config.head_dim, config.max_position_embeddings)
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self.number = take_number(self)
-
-    def _summary(self) -> nn.Module:
-        config = self.config
-        sizes = (config.block_size, config.rank, config.num_key_value_heads, config.head_dim)
-        if config.summary == "mean":
-            return MeanSummary(*sizes[:2])
-        if config.summary == "direct":
-            return DirectSummary(*sizes, config.max_position_embeddings)
-        return HierarchicalSummary(*sizes)
 
     def forward(
         self,
@@ -187,7 +175,7 @@ class MultipoleAttention(nn.Module):
             kwargs["rotary"] = rotary
         elif unrotated:
             kwargs["far_keys"] = plain
-            kwargs["key_summary"] = _RotatedSummary(self.key_summary, centres)
+            kwargs["key_summary"] = _RotatedSummary(self.far_field.key_summary, centres)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         out, weights = attention(
@@ -233,18 +221,6 @@ class MultipolePreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Transformers takes "sdpa" when nothing is asked for.
         return super().get_correct_attn_implementation(requested_attention or "multipole", is_init_check)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, HierarchicalSummary):
-            for weight in (module.tokens, module.merge):
-                init.copy_(weight, module.start(weight))
-        elif isinstance(module, DirectSummary):
-            for weight in module.levels:
-                init.copy_(weight, module.start(weight))
-        elif isinstance(module, MultipoleAttention) and getattr(module, "far_bias", None) is not None:
-            init.constant_(module.far_bias, self.config.far_bias_init)
 
 
 class MultipoleModel(MultipolePreTrainedModel):

@@ -1,0 +1,240 @@
+"""Stock models with learned summaries: given to their attention modules, saved and loaded with them, and taken away again.
+
+The classes of a stock model stay what they are; an attention module gets one part more, ``far_field``. When a checkpoint is loaded,
+Transformers builds the attention modules through the patch mapping that is registered here, so that the part is there before the
+weights are read.
+"""
+
+import inspect
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
+
+from ..modeling.attention_masks import refuse_cross_attention
+from ..modeling.configuration_multipole import STOCK_OPTIONS, attention_options
+from ..modeling.far_field import FarField
+
+# Classes of attention modules that can be converted: one row (query, key, value) through the attention interface, heads and
+# head_dim those of the configuration. scripts/support_table.py runs each of them.
+ATTENTION_CLASSES = (
+    "BertSelfAttention",
+    "DistilBertSelfAttention",
+    "GPT2Attention",
+    "GPTNeoXAttention",
+    "Gemma2Attention",
+    "Gemma3Attention",
+    "LlamaAttention",
+    "MistralAttention",
+    "ModernBertAttention",
+    "Olmo2Attention",
+    "Phi3Attention",
+    "Qwen2Attention",
+    "Qwen3Attention",
+    "RobertaSelfAttention",
+    "SmolLM3Attention",
+    "ViTAttention",
+)
+
+
+class _StandIn(type):
+    """Takes the place of an attention class while Transformers builds a model: calling it makes a module of that class, with a far
+    field where the configuration is that of a converted model. In all else it is that class.
+    """
+
+    def original(cls) -> type[nn.Module] | None:
+        """The class that it stands for; None where its file was not imported."""
+        # Not by its module, where the stand-in is now.
+        named = [c for c in nn.Module.__subclasses__() if c.__name__ == cls.__name__ and c.__module__.startswith("transformers.models.")]
+        return named[-1] if named else None
+
+    def __call__(cls, *args, **kwargs) -> nn.Module:
+        module = cls.original()(*args, **kwargs)
+        try:
+            _give_far_field(module)
+        except ValueError:
+            # Transformers puts the classes back only after a model was built.
+            for stand_in in get_patch_mapping().values():
+                original = stand_in.original() if isinstance(stand_in, _StandIn) else None
+                if original is not None:
+                    setattr(sys.modules[original.__module__], original.__name__, original)
+            raise
+        return module
+
+    def __instancecheck__(cls, instance) -> bool:
+        return isinstance(instance, cls.original())
+
+    def __subclasscheck__(cls, subclass) -> bool:
+        return issubclass(subclass, cls.original())
+
+
+def register() -> None:
+    """Makes checkpoints of converted models load. Doing it again changes nothing."""
+    known = get_patch_mapping()
+    register_patch_mapping({name: _StandIn(name, (nn.Module,), {}) for name in ATTENTION_CLASSES if name not in known})
+
+
+register()
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether a module computes attention by Transformers' attention interface."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model, by name, that compute attention by Transformers' attention interface."""
+    return {name: module for name, module in model.named_modules() if uses_interface(module)}
+
+
+def _has_window(module: nn.Module) -> bool:
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None and getattr(module, "layer_idx", None) is not None:
+        return kinds[module.layer_idx] != "full_attention"
+    return bool(getattr(module, "sliding_window", None) or getattr(module.config, "sliding_window", None))
+
+
+def is_multipole(module: nn.Module) -> bool:
+    """Whether an attention module is one that multipole attention computes: it has no window, and was not left exact."""
+    layers = attention_options(module.config)["layers"]
+    return not _has_window(module) and (layers is None or getattr(module, "layer_idx", None) in layers)
+
+
+def _give_far_field(module: nn.Module) -> None:
+    """The learned parts that the configuration asks for; nothing for models that were not converted."""
+    config = module.config
+    if not getattr(config, "multipole", None):
+        return
+    options = attention_options(config)
+    if options["summary"] == "mean" and options["far_bias_init"] is None:
+        return
+    # Saved with the configuration, so that Transformers refuses the checkpoint where this package is not imported.
+    config.attn_implementation = "multipole"
+    if not is_multipole(module):
+        return
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None and options["summary"] == "direct":
+        raise ValueError(
+            f"summary='direct' needs config.max_position_embeddings, which {type(config).__name__} has not; use 'hierarchical'"
+        )
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    module.far_field = FarField(options, heads, kv_heads, head_dim, length or 1).to(like.device, like.dtype)
+
+
+def convert(
+    model: PreTrainedModel,
+    kind: str = "multipole",
+    *,
+    layers: Sequence[int] | None = None,
+    block_size: int | None = None,
+    rank: int | None = None,
+    summary: str = "hierarchical",
+    size_weighting: bool | None = None,
+    far_bias_init: float | None = 0.0,
+) -> PreTrainedModel:
+    """Gives a stock model multipole attention with learned summaries, in place, and returns it.
+
+    The summaries start as means and the far bias at ``far_bias_init``, so that the model first computes what
+    ``attn_implementation="multipole"`` does without learned parts. They are trained, saved and loaded with the model
+    (``AutoModel...from_pretrained``, after ``import hf_multipole``).
+
+    Args:
+        model: a model of Transformers, on any device, or a part of one.
+        kind: "multipole".
+        layers: numbers of the layers that become multipole, from 0; all by default. Others, and those with a sliding window, stay
+            exact.
+        block_size, rank, size_weighting: see :func:`multipole_attention`; by default those of ``config.multipole``, or 64, 4
+            and True.
+        summary: "hierarchical" (learned, any length), "direct" (learned for each level, at most ``max_position_embeddings``
+            tokens) or "mean" (nothing learned).
+        far_bias_init: start of the learned bias for each head and level; None for no bias.
+
+    Raises:
+        ValueError: the model cannot be converted, or an option is out of range. The model is unchanged then.
+    """
+    if kind != "multipole":
+        raise ValueError(f"a model is converted to 'multipole', but not to {kind!r}")
+    modules = _convertible(model)
+    configs = {id(module.config): module.config for module in modules.values()}.values()
+    given = {"block_size": block_size, "rank": rank, "size_weighting": size_weighting}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {"summary": summary, "far_bias_init": far_bias_init, "layers": None if layers is None else list(layers)}
+    before = [getattr(config, "multipole", None) for config in configs]
+    try:
+        for config, options in zip(configs, before):
+            config.multipole = STOCK_OPTIONS | (options or {}) | given
+            attention_options(config)
+        if layers is not None and any(getattr(module, "layer_idx", None) is None for module in modules.values()):
+            raise ValueError(f"layers cannot be chosen in {type(model).__name__}, whose attention has no layer numbers; leave 'layers' out")
+        if not any(is_multipole(module) for module in modules.values()):
+            which = "all layers" if layers is None else f"layers {list(layers)}"
+            raise ValueError(f"there is nothing to convert: {which} have a sliding window, which is exact and stays so")
+        for module in modules.values():
+            _give_far_field(module)
+    except ValueError:
+        for config, options in zip(configs, before):
+            _restore(config, options)
+        for module in modules.values():
+            module._modules.pop("far_field", None)
+        raise
+    for config in configs:
+        config.attn_implementation = config._attn_implementation = "multipole"
+    return model
+
+
+def _convertible(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of a model that can be converted."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"convert takes a model of Transformers, but this is a {type(model).__name__}")
+    name, known = type(model).__name__, get_patch_mapping()
+    if model.config.model_type == "multipole":
+        raise ValueError(f"{name} has multipole attention already: its kinds of layers are config.layer_types")
+    refuse_cross_attention(model.config)
+    modules = attention_modules(model)
+    if not modules:
+        raise ValueError(f"{name} does not compute attention by Transformers' attention interface, so that it cannot be converted")
+    for module in modules.values():
+        kind = type(module).__name__
+        if kind not in ATTENTION_CLASSES:
+            raise ValueError(
+                f"{name} has {kind} modules, which convert does not know; it knows {', '.join(ATTENTION_CLASSES)}. "
+                "attn_implementation='multipole', with means, may run it all the same"
+            )
+        if not isinstance(known.get(kind), _StandIn):
+            raise ValueError(f"another package has registered a patch of {kind}, so that a converted checkpoint could not be loaded again")
+        if hasattr(module, "far_field"):
+            raise ValueError(f"{name} was converted already; hf_multipole.revert gives the stock model back")
+    return modules
+
+
+def _restore(config, options: dict | None) -> None:
+    """Puts the options of before into a configuration."""
+    if options is None:
+        del config.multipole
+    else:
+        config.multipole = options
+    config.__dict__.pop("attn_implementation", None)
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes away what :func:`convert` gave to a model, learned summaries included, in place; returns the stock model, with the
+    attention implementation that Transformers would choose for it.
+
+    Raises ValueError where the model was not converted.
+    """
+    modules = attention_modules(model)
+    converted = {id(m.config): m.config for m in modules.values() if "attn_implementation" in m.config.__dict__}.values()
+    if not converted:
+        raise ValueError(f"{type(model).__name__} was not converted: there is nothing to take away")
+    for module in modules.values():
+        module._modules.pop("far_field", None)
+    for config in converted:
+        _restore(config, None)
+        config._attn_implementation = model.get_correct_attn_implementation(None)
+    return model

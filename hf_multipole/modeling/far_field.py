@@ -1,0 +1,59 @@
+"""What an attention layer learns about the far field: summaries of groups, and a bias of their logits."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .hierarchy import level_count
+from .summaries import DirectSummary, HierarchicalSummary, MeanSummary
+
+
+class FarField(nn.Module):
+    """The learned parts of a layer, the attribute ``far_field`` of its attention module.
+
+    options: as from :func:`attention_options`. max_length: tokens that direct summaries are made for, and that the levels of the far
+    bias are counted from (the last one serves all further levels).
+    """
+
+    def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int):
+        super().__init__()
+        self.far_bias_init = options["far_bias_init"]
+        block_size, rank = options["block_size"], options["rank"]
+
+        def summary() -> nn.Module:
+            if options["summary"] == "mean":
+                return MeanSummary(block_size, rank)
+            if options["summary"] == "direct":
+                return DirectSummary(block_size, rank, kv_heads, head_dim, max_length)
+            return HierarchicalSummary(block_size, rank, kv_heads, head_dim)
+
+        self.key_summary, self.value_summary = summary(), summary()
+        self.far_bias = None
+        if self.far_bias_init is not None:
+            self.far_bias = nn.Parameter(torch.empty(heads, max(1, level_count(max_length, block_size))))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Means, and ``far_bias_init``; parameters that were loaded from a checkpoint stay."""
+        for summary in (self.key_summary, self.value_summary):
+            for weight in summary.parameters():
+                init.copy_(weight, summary.start(weight))
+        if self.far_bias is not None:
+            init.constant_(self.far_bias, self.far_bias_init)
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor | None:
+        """The bias ``(heads, levels)`` of the far logits, or None. By a call, for that is when offloaded parameters are fetched."""
+        return self.far_bias
+
+    # Transformers asks every module for this flag, runs the initialisation of the model on it, which in a stock model knows nothing
+    # of this class, and sets the flag: the moment to fill parameters that the checkpoint lacked.
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        if value and not self._is_hf_initialized:
+            self.reset_parameters()
+        self.__dict__["_initialized"] = value

@@ -1,0 +1,445 @@
+"""convert and revert: stock models with learned summaries, saved, loaded, trained."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stock_models import BLOCK, CLOSE, DECODERS, ENCODERS, GROUPED, IMAGES, OPTIONS, RANK, auto_class_of, build, tokens
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+)
+from transformers.monkey_patching import get_patch_mapping
+
+from hf_multipole import MultipoleCache, MultipoleConfig, MultipoleForCausalLM, convert, revert
+from hf_multipole.integration import conversion
+from hf_multipole.modeling.far_field import FarField
+from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
+
+MODELS = DECODERS | ENCODERS
+
+
+@pytest.fixture
+def ids():
+    return tokens()
+
+
+def learned(model):
+    return {name: parameter for name, parameter in model.named_parameters() if ".far_field." in name}
+
+
+def far_fields(model):
+    return [module for module in model.modules() if isinstance(module, FarField)]
+
+
+def change(model):
+    """As if trained: summaries far from the mean."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in learned(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * 0.3)
+    return model
+
+
+def converted(name="llama", **options):
+    return change(convert(build(MODELS[name], auto_class_of(name)), **options))
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_first_output_saving_loading_reverting(name, ids, tmp_path):
+    config, auto_class = MODELS[name], auto_class_of(name)
+    model = build(config, auto_class)
+    means = model(ids).logits
+    classes = [type(module) for module in model.modules()]
+    assert convert(model) is model
+    assert torch.equal(model(ids).logits, means)
+    windowed = name in ("gemma2", "gemma3", "qwen3 with windows", "modernbert")
+    assert len(far_fields(model)) == (1 if windowed else 2)
+    assert [type(module) for module in model.modules() if not isinstance(module, FarField | MeanSummary)] == classes
+
+    change(model)
+    out = model(ids).logits
+    assert (out - means).abs().max() > 1e-4
+    loaded = auto_class.from_pretrained(saved(model, tmp_path / "first"), dtype=torch.float64).eval()
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    # Rotary angles are not saved: in a model that was made float64 they had more digits.
+    torch.testing.assert_close(loaded(ids).logits, out, atol=1e-4, rtol=1e-4)
+    assert loaded.config._attn_implementation == "multipole"
+    saved(loaded, tmp_path / "second")
+    assert (tmp_path / "first" / "config.json").read_text() == (tmp_path / "second" / "config.json").read_text()
+
+    assert revert(model) is model
+    assert not learned(model) and [type(module) for module in model.modules()] == classes
+    stock = build(config, auto_class, model.config._attn_implementation)
+    noted = dict.fromkeys(["multipole", "architectures", "dtype"])  # the options went; the others were noted when it was saved
+    assert model.config.to_dict() | noted == stock.config.to_dict() | noted
+    torch.testing.assert_close(model(ids).logits, stock(ids).logits, **CLOSE)
+    with pytest.raises(ValueError, match="was not converted"):
+        revert(model)
+
+
+def test_an_encoder_of_images(tmp_path):
+    config = ViTConfig(**IMAGES, **OPTIONS)
+    model = AutoModel.from_config(config, attn_implementation="multipole").eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    means = model(pixels).last_hidden_state
+    assert torch.equal(convert(model)(pixels).last_hidden_state, means)
+    out = change(model)(pixels).last_hidden_state
+    assert (out - means).abs().max() > 1e-4
+    loaded = AutoModel.from_pretrained(saved(model, tmp_path)).eval()
+    assert torch.equal(loaded(pixels).last_hidden_state, out)
+    with pytest.raises(ValueError, match="layers cannot be chosen in ViTModel"):
+        convert(AutoModel.from_config(ViTConfig(**IMAGES)), layers=[0])
+    with pytest.raises(ValueError, match="summary='direct' needs config.max_position_embeddings"):
+        convert(AutoModel.from_config(ViTConfig(**IMAGES)), summary="direct")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [({}, HierarchicalSummary), ({"summary": "direct"}, DirectSummary), ({"summary": "mean"}, MeanSummary)],
+    ids=["hierarchical", "direct", "mean"],
+)
+def test_kinds_of_summaries(options, kind, ids, tmp_path):
+    model = converted(**options)
+    assert {type(part) for far_field in far_fields(model) for part in (far_field.key_summary, far_field.value_summary)} == {kind}
+    loaded = AutoModelForCausalLM.from_pretrained(saved(model, tmp_path), dtype=torch.float64)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_options(ids, tmp_path):
+    """What is given goes before what the configuration had, and all of it is saved."""
+    model = convert(build(DECODERS["llama"]), layers=[1], rank=4, size_weighting=False, far_bias_init=-3.0)
+    expected = {"block_size": BLOCK, "rank": 4, "summary": "hierarchical", "size_weighting": False, "far_bias_init": -3.0, "layers": [1]}
+    assert model.config.multipole == expected
+    assert [hasattr(layer.self_attn, "far_field") for layer in model.model.layers] == [False, True]
+    assert (model.model.layers[1].self_attn.far_field.far_bias == -3).all()
+    assert AutoConfig.from_pretrained(saved(model, tmp_path)).multipole == expected
+    # The bias and the weighting are heard.
+    assert (model(ids).logits - convert(build(DECODERS["llama"]), layers=[1], rank=4)(ids).logits).abs().max() > 1e-5
+    # Nothing learned at all.
+    model = convert(build(DECODERS["llama"]), summary="mean", far_bias_init=None)
+    assert not far_fields(model) and model.config._attn_implementation == "multipole"
+    revert(model)
+    # The configuration had no options.
+    assert convert(LlamaForCausalLM(LlamaConfig(**GROUPED))).config.multipole["block_size"] == 64
+
+
+def test_dtype_and_device_of_the_model():
+    model = convert(build(DECODERS["llama"]).to(torch.bfloat16))
+    assert {parameter.dtype for parameter in learned(model).values()} == {torch.bfloat16}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**GROUPED, **OPTIONS))
+    convert(model)
+    assert all(parameter.is_meta for parameter in learned(model).values())
+    model.to_empty(device="cpu")
+    for far_field in far_fields(model):
+        far_field.reset_parameters()
+        assert far_field.key_summary.tokens.unique().tolist() == [0, RANK / BLOCK] and not far_field.far_bias.any()
+
+
+@pytest.mark.parametrize("missing", ["all", "some"])
+def test_parameters_that_a_checkpoint_lacks_start_as_means(missing, tmp_path):
+    """They are made without memory and filled later, by rules that do not know them."""
+    model = converted()
+    path = saved(model, tmp_path) / "model.safetensors"
+    weights = {name: x for name, x in load_file(path).items() if not (missing == "all" and ".far_field." in name)}
+    dropped = "model.layers.1.self_attn.far_field.key_summary.tokens"
+    weights.pop(dropped, None)
+    save_file(weights, path, {"format": "pt"})
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    assert dropped in report["missing_keys"]
+    for name, parameter in learned(loaded).items():
+        if name == dropped or missing == "all":
+            expected = [0] if "far_bias" in name else [0, 1 / 2] if "merge" in name else [0, RANK / BLOCK]
+            assert parameter.unique().tolist() == expected, name
+        else:
+            assert torch.equal(parameter, model.get_parameter(name)), name
+    torch.testing.assert_close(loaded.state_dict(), loaded.state_dict() | weights, atol=0, rtol=0)
+
+
+def test_from_config(ids):
+    """A new model from the configuration of a converted one has its parts, at the start; one that is built by hand says what to do."""
+    config = converted().config
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).double().eval()
+    assert len(far_fields(model)) == 2 and all(not far_field.far_bias.any() for far_field in far_fields(model))
+    model(ids)
+    with pytest.raises(ValueError, match="learned parts.*from_pretrained or from_config.*hf_multipole.convert"):
+        LlamaForCausalLM(copy.deepcopy(config))(ids)
+
+
+def test_a_stock_model_stays_untouched(ids, tmp_path):
+    """Its classes, its weights' names, and what Transformers records of its attention: built, loaded, and built again."""
+    first = LlamaForCausalLM._from_config(LlamaConfig(**GROUPED), attn_implementation="eager").eval()
+    saved(first, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    again = LlamaForCausalLM._from_config(LlamaConfig(**GROUPED), attn_implementation="eager").eval()
+    for model in (first, loaded, again):
+        attention = type(model.model.layers[0].self_attn)
+        assert attention.__module__ == "transformers.models.llama.modeling_llama" and attention in nn.Module.__subclasses__()
+        assert sys.modules[attention.__module__].LlamaAttention is attention
+        assert not learned(model) and "attn_implementation" not in model.config.to_dict()
+        assert len(model(ids, output_attentions=True).attentions) == 2
+    assert torch.equal(loaded(ids).logits, first(ids).logits)
+    assert "multipole" not in (tmp_path / "config.json").read_text()
+
+
+def test_attention_weights_of_a_loaded_model(ids, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(saved(converted(), tmp_path))
+    assert [weights.shape[-1] > 75 for weights in loaded(ids, output_attentions=True).attentions] == [True, True]
+
+
+def test_in_a_new_process(ids, tmp_path):
+    """Importing the package is enough to load it; without that Transformers refuses, instead of dropping the summaries."""
+    model = converted().float()
+    saved(model, tmp_path / "model")
+    torch.save((ids, model(ids).logits), tmp_path / "expected")
+    load = "import sys, torch; from transformers import AutoModelForCausalLM; ids, expected = torch.load(sys.argv[1] + '/expected'); "
+    load += "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/model').eval(); "
+    load += "assert torch.allclose(model(ids).logits, expected, atol=1e-5)"
+    run = [sys.executable, "-c", "import hf_multipole; " + load, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", load, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0 and 'attn_implementation="multipole"` is not supported' in done.stderr
+
+
+def test_another_implementation_by_choice(ids, tmp_path):
+    """Asked for explicitly, exact attention runs with the summaries there, unused; they come back with the next loading."""
+    model = converted()
+    exact = AutoModelForCausalLM.from_pretrained(saved(model, tmp_path / "a"), dtype=torch.float64, attn_implementation="sdpa").eval()
+    stock = build(DECODERS["llama"], implementation="sdpa")
+    torch.testing.assert_close(exact(ids).logits, stock(ids).logits, atol=1e-4, rtol=1e-4)
+    again = AutoModelForCausalLM.from_pretrained(saved(exact, tmp_path / "b"), dtype=torch.float64)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+    assert again.config._attn_implementation == "multipole"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_generation_on_a_state(name):
+    model, prompt = converted(name), tokens(n=40)
+    mask = torch.ones_like(prompt)
+    mask[1, :13] = 0
+    options = dict(max_new_tokens=30, eos_token_id=-1, pad_token_id=0, attention_mask=mask, do_sample=False)
+    expected = model.generate(prompt, **options)
+    torch.testing.assert_close(model.generate(prompt, past_key_values=MultipoleCache(config=model.config), **options), expected)
+    means = build(DECODERS[name])
+    assert (means(prompt).logits - model(prompt).logits).abs().max() > 1e-4
+
+
+def test_gradients_checkpointing_and_compilation(ids):
+    results = []
+    for variant in ("plain", "checkpointing", "compile"):
+        model = converted().train()
+        if variant == "checkpointing":
+            model.gradient_checkpointing_enable()
+        torch._dynamo.reset()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if variant == "compile" else model
+        loss = run(ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+        assert all(parameter.grad.abs().max() > 0 for name, parameter in learned(model).items() if "merge" not in name)
+    torch.testing.assert_close(results[1], results[0], **CLOSE)
+    torch.testing.assert_close(results[2], results[0], **CLOSE)
+
+
+def rows_of(ids):
+    return [{"input_ids": row.tolist()} for row in ids]
+
+
+def trainer(model, folder, ids, **options):
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=3, learning_rate=1e-2, report_to="none", save_steps=2, use_cpu=True, disable_tqdm=True, **options
+    )
+
+    class Tokenizer:
+        pad_token_id = 0
+
+    def collate(rows):
+        batch = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": batch, "labels": batch}
+
+    return Trainer(model=model, args=arguments, train_dataset=rows_of(ids), data_collator=collate)
+
+
+def test_trainer(ids, tmp_path):
+    """Trains the summaries too, and resumes from a checkpoint to the same weights."""
+    model = converted().float()
+    before = {name: parameter.detach().clone() for name, parameter in learned(model).items()}
+    trainer(model, tmp_path, ids).train()
+    assert all((parameter != before[name]).any() for name, parameter in learned(model).items() if "merge" not in name)
+    resumed = trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2"), tmp_path, ids)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(resumed.model.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_adapters(ids, tmp_path):
+    """LoRA on the projections, with the summaries as modules to save: both train, are saved, loaded and merged."""
+    peft = pytest.importorskip("peft")
+    folder = saved(converted(), tmp_path / "model")
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["far_field"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(), config)
+    torch.testing.assert_close(model(ids).logits, load()(ids).logits, atol=0, rtol=0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("lora" in name for name in trained) and any("far_field.modules_to_save" in name for name in trained)
+    assert all("lora" in name or "far_field" in name for name in trained)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], 0.5)
+    for _ in range(2):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+    out = model(ids).logits
+    assert (out - load()(ids).logits).abs().max() > 1e-4
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")
+    torch.testing.assert_close(loaded(ids).logits, out, **CLOSE)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, out, **CLOSE)
+    again = AutoModelForCausalLM.from_pretrained(saved(merged, tmp_path / "merged"), dtype=torch.float64)
+    torch.testing.assert_close(again.state_dict(), merged.state_dict(), atol=0, rtol=0)
+
+
+def test_fully_sharded(ids, tmp_path):
+    """FSDP2 over two processes gives the losses and the gradients of one."""
+    folder = saved(converted(), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    losses = []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        loss = torch.stack([model(row[None], labels=row[None], use_cache=False).loss for row in ids]).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    torch.save({"ids": ids, "losses": losses, "weights": model.state_dict()}, tmp_path / "expected")
+    script = tmp_path / "sharded.py"
+    script.write_text(_SHARDED)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+_SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+import hf_multipole
+
+dist.init_process_group("gloo")
+mesh = dist.init_device_mesh("cpu", (2,))
+expected = torch.load(sys.argv[1] + "/expected")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model", dtype=torch.float64)
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+row = expected["ids"][dist.get_rank()][None]
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for reference in expected["losses"]:
+    loss = model(row, labels=row, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert abs(total.item() / 2 - reference) < 1e-9, (total, reference)
+for name, parameter in model.named_parameters():
+    torch.testing.assert_close(parameter.full_tensor().detach(), expected["weights"][name], atol=1e-10, rtol=1e-8)
+dist.destroy_process_group()
+"""
+
+
+def test_summaries_of_another_block_size(tmp_path):
+    """The configuration was edited: the weights do not fit."""
+    folder = saved(converted(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["multipole"]["block_size"] = 2 * BLOCK
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    config["multipole"]["rank"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="rank 3 does not divide block_size 16"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    # What Transformers replaces while it builds a model is put back.
+    attention = type(LlamaForCausalLM(LlamaConfig(**GROUPED)).model.layers[0].self_attn)
+    assert sys.modules[attention.__module__].LlamaAttention is attention
+
+
+BERT = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, is_decoder=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: build(DECODERS["llama"]), {"kind": "linear"}, "converted to 'multipole', but not to 'linear'"),
+        (lambda: nn.Linear(2, 2), {}, "takes a model of Transformers, but this is a Linear"),
+        (lambda: MultipoleForCausalLM(MultipoleConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)), {}, "has multipole"),
+        (
+            lambda: build(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4), implementation="eager"),
+            {},
+            "BloomForCausalLM does not",
+        ),
+        (lambda: build(GPT2Config(n_embd=32, n_layer=1, n_head=4, add_cross_attention=True), implementation="sdpa"), {}, "cross-attention"),
+        (lambda: build(MistralConfig(**GROUPED, sliding_window=8)), {}, "nothing to convert: all layers have a sliding window"),
+        (lambda: build(DECODERS["llama"]), {"block_size": 12, "rank": 5}, "rank 5 does not divide block_size 12"),
+        (lambda: build(DECODERS["llama"]), {"block_size": 0}, "block_size is 0"),
+        (lambda: build(DECODERS["llama"]), {"summary": "sum"}, "summary is 'sum'"),
+        (lambda: build(DECODERS["llama"]), {"layers": [0, 7]}, r"layers is \[0, 7\]"),
+        (lambda: build(DECODERS["llama"]), {"far_bias_init": float("nan")}, "far_bias_init is nan"),
+        (lambda: convert(build(DECODERS["llama"])), {}, "was converted already; hf_multipole.revert"),
+    ],
+    ids=["kind", "module", "own", "interface", "cross", "windows", "rank", "size", "summary", "layers", "bias", "twice"],
+)
+def test_refused(make, options, message):
+    model = make()
+    before = copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=message):
+        convert(model, **options)
+    assert names == [name for name, _ in model.named_parameters()]
+    if before is not None:
+        assert model.config.to_dict() == before
+
+
+def test_unknown_attention_classes_are_refused_by_name():
+    from transformers import OlmoConfig
+
+    with pytest.raises(ValueError, match="has OlmoAttention modules, which convert does not know; it knows .*LlamaAttention"):
+        convert(build(OlmoConfig(**GROUPED)))
+
+
+def test_a_patch_of_another_package_is_refused(monkeypatch):
+    from transformers import monkey_patching
+
+    model = build(DECODERS["llama"])
+    monkeypatch.setitem(monkey_patching._monkey_patch_mapping_cache, "LlamaAttention", nn.Linear)
+    conversion.register()
+    assert get_patch_mapping()["LlamaAttention"] is nn.Linear
+    with pytest.raises(ValueError, match="another package has registered a patch of LlamaAttention"):
+        convert(model)
