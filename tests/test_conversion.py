@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stock_models import BLOCK, CLOSE, DECODERS, ENCODERS, GROUPED, IMAGES, OPTIONS, RANK, auto_class_of, build, tokens
+from stock_models import BLOCK, CLOSE, DECODERS, ENCODERS, GROUPED, IMAGES, OPTIONS, RANK, SIZES, auto_class_of, build, tokens
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -428,10 +428,10 @@ def test_refused(make, options, message):
 
 
 def test_unknown_attention_classes_are_refused_by_name():
-    from transformers import OlmoConfig
+    from transformers import PersimmonConfig
 
-    with pytest.raises(ValueError, match="has OlmoAttention modules, which convert does not know; it knows .*LlamaAttention"):
-        convert(build(OlmoConfig(**GROUPED)))
+    with pytest.raises(ValueError, match="has PersimmonAttention modules, which convert does not know; it knows .*LlamaAttention"):
+        convert(build(PersimmonConfig(**SIZES)))
 
 
 def test_a_patch_of_another_package_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """The scripts, as someone runs them: a short run of each that no other test covers, and what they refuse."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -61,3 +62,109 @@ def test_generate_with_a_state(checkpoint, tmp_path):
 def test_generate_refuses(checkpoint, tmp_path, arguments, message):
     errors = run("generate.py", "--model", checkpoint, *arguments, cwd=tmp_path, fails=True)
     assert message in errors.strip().splitlines()[-1] and "Traceback" not in errors
+
+
+@pytest.fixture(scope="module")
+def stock_checkpoint(tmp_path_factory):
+    import torch
+    from stock_models import GROUPED
+    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("stock")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**GROUPED | {"vocab_size": 384})).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    (folder / "text.txt").write_text("a text that is long enough to have a far field, " * 5)
+    return folder
+
+
+def test_convert(stock_checkpoint, tmp_path):
+    """A checkpoint that loads, and a report on each layer."""
+    options = ["--block-size", 8, "--rank", 2, "--layers", 1, "--tolerance", 0]
+    printed = run(
+        "convert.py", "--model", stock_checkpoint, "--text", stock_checkpoint / "text.txt", "--output", "out", *options, cwd=tmp_path
+    )
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    rows = record["layers"]
+    assert [row["layer"] for row in rows] == ["all exact", 0, 1, "all multipole"] and record["tokens"] == 240
+    assert all(0 < row["error"] < 1 for row in rows[1:3]) and len({row["bits"] for row in rows}) == 4
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "leave exact, until they are trained, the layers with an error over 0.0: 0, 1, which are all" in printed
+        and printed.split("wrote")[0] in card
+    )
+    assert "It needs hf_multipole" in card and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_multipole.integration.measurement import layer_errors, loss
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [hasattr(layer.self_attn, "far_field") for layer in model.model.layers] == [False, True]
+    stock = AutoModelForCausalLM.from_pretrained(stock_checkpoint).eval()
+    ids = AutoTokenizer.from_pretrained(stock_checkpoint)((stock_checkpoint / "text.txt").read_text(), return_tensors="pt").input_ids[
+        :, :240
+    ]
+    assert rows[2]["bits"] == pytest.approx(model.eval()(ids, labels=ids).loss.item() / math.log(2), rel=1e-5)
+    # The errors are those of the layers that the definition computes; in one block there are none.
+    with torch.no_grad():
+        before = stock(ids).logits
+    small, whole = layer_errors(stock, ids, [{"block_size": 8, "rank": 2}, {"block_size": 120}])
+    assert list(small.values()) == pytest.approx([row["error"] for row in rows[1:3]], rel=1e-5)
+    assert max(whole.values()) < 1e-5
+    assert loss(stock, ids, "sdpa") == pytest.approx(rows[0]["bits"] * math.log(2), rel=1e-5)
+    assert stock.config._attn_implementation == "sdpa" and not hasattr(stock.config, "multipole") and torch.equal(stock(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--text": "nothing"}, "No such file"),
+        ({"--model": "nothing"}, "couldn't find them in the cached files"),
+        ({"--output": "."}, "is there already"),
+        ({"--block-size": 200}, "gives 240 tokens, but up to 400 multipole attention is exact"),
+        ({"--rank": 3}, "rank 3 does not divide block_size 8"),
+        ({"--layers": 5}, "layers is [5]"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_convert_refuses(stock_checkpoint, tmp_path, changed, message):
+    (tmp_path / "here").touch()
+    options = {"--model": stock_checkpoint, "--text": stock_checkpoint / "text.txt", "--output": "out", "--block-size": 8, "--rank": 2}
+    arguments = [x for pair in (options | changed).items() for x in pair]
+    errors = run("convert.py", *arguments, cwd=tmp_path, fails=True)
+    assert message in errors and "Traceback" not in errors and not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_broken_checkpoints(stock_checkpoint, tmp_path):
+    import shutil
+
+    import torch
+    from transformers import LlamaForCausalLM
+
+    options = ["--text", stock_checkpoint / "text.txt", "--output", "out", "--block-size", 8, "--rank", 2]
+    model = LlamaForCausalLM.from_pretrained(stock_checkpoint)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    shutil.copytree(stock_checkpoint, tmp_path / "nan")
+    model.save_pretrained(tmp_path / "nan")
+    errors = run("convert.py", "--model", "nan", *options, cwd=tmp_path, fails=True)
+    assert "not finite: model.layers.0.mlp.up_proj.weight" in errors and "Traceback" not in errors
+    weights = tmp_path / "nan" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    errors = run("convert.py", "--model", "nan", *options, cwd=tmp_path, fails=True)
+    assert "convert.py: " in errors.strip().splitlines()[-1] and "Traceback" not in errors
+
+
+def test_support_table(tmp_path):
+    """One architecture of each kind; what was tried is kept."""
+    names = ["llama", "mistral", "bert", "bloom", "gpt_oss", "llava", "sew"]
+    run("support_table.py", "--output", "support.md", "--only", *names, cwd=tmp_path)
+    found = json.loads((tmp_path / "support.json").read_text())["results"]
+    statuses = {name: result["status"] for name, result in found.items()}
+    expected = {"llama": "runs", "bert": "runs", "bloom": "refused", "gpt_oss": "refused", "llava": "not tried", "sew": "not tried"}
+    assert statuses == expected | {"mistral": "refused"}  # all its layers have a window by default
+    assert found["llama"] | {"convert": "yes", "state": "yes", "multipole layers": 2, "window layers": 0} == found["llama"]
+    assert "s_aux" in found["gpt_oss"]["reason"]
+    assert "| llama | causal | 2 + 0 | yes | yes |" in (tmp_path / "support.md").read_text()

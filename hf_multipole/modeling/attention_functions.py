@@ -106,7 +106,7 @@ def _is_exact(module) -> bool:
     return module.layer_idx not in layers
 
 
-def _exact_attention(q, k, v, mask, causal, dropout, scale, softcap, output_attentions):
+def exact_attention(q, k, v, mask, causal, dropout, scale, softcap, output_attentions):
     """Exact attention ``(batch, queries, heads, value_dim)``, and its weights if asked for.
 
     mask: ``(batch or 1, 1, queries, keys)`` bool, True where a query sees a key; None for all, or for what ``causal`` says.
@@ -169,7 +169,7 @@ def multipole_attention_forward(
         if kwargs.get(name) is not None and not (windowed and name == "sliding_window"):
             raise ValueError(f"attn_implementation='multipole' does not support {name}: {remedy}")
     if windowed:
-        return _exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, output_attentions)
+        return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, output_attentions)
     if attention_mask is None and isinstance(key, torch.Tensor):
         attention_mask = _unmasked(module, query, key, kwargs.get("is_causal"))
     if not isinstance(attention_mask, MultipoleMask):
@@ -195,7 +195,7 @@ def multipole_attention_forward(
         )
     if past is None and _is_exact(module):
         mask = attention_mask.pairs(query.device)
-        return _exact_attention(query, key, value, mask, attention_mask.causal, dropout, scaling, softcap, output_attentions)
+        return exact_attention(query, key, value, mask, attention_mask.causal, dropout, scaling, softcap, output_attentions)
     tokens = key if past is None else key.new
     if torch.is_autocast_enabled(query.device.type):
         query, tokens, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, tokens, value))

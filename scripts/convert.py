@@ -1,0 +1,189 @@
+"""Converts a checkpoint of a stock architecture to multipole attention with learned summaries, and reports what it costs untrained.
+
+    python scripts/convert.py --model runs/llama --text book.txt --output runs/llama-multipole --block-size 64 --rank 4
+
+The report has the error of each layer's attention output against exact attention on the text, the loss with that layer alone
+converted, and a suggestion of layers to leave exact, which --layers then chooses.
+"""
+
+import argparse
+import shlex
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+from hf_multipole import convert
+from hf_multipole.integration.conversion import attention_modules, is_multipole
+from hf_multipole.integration.measurement import layer_errors, loss
+from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
+from hf_multipole.training.metrics import bits_per_token
+from hf_multipole.training.report import write_json
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub name")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the converted checkpoint")
+    parser.add_argument("--text", type=Path, required=True, help="text that the errors are measured on")
+    parser.add_argument("--tokens", type=int, default=4096, help="how many tokens of it, in one row; no more than the model's positions")
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--summary", default="hierarchical", choices=["hierarchical", "direct", "mean"])
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to convert, from 0; all by default")
+    parser.add_argument("--tolerance", type=float, default=0.3, help="error over which the report suggests to leave a layer exact")
+    return parser.parse_args()
+
+
+def prepare(args):
+    """Model, tokenizer and tokens; raises before any work is done."""
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"--output {args.output} is there already; name a new folder")
+    text = args.text.read_text(encoding="utf-8")
+    config = AutoConfig.from_pretrained(args.model)
+    # The class of the checkpoint, so that its head stays.
+    name = (config.architectures or ["none"])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{args.model} is a checkpoint of {name}, which is not an architecture of Transformers")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = getattr(transformers, name).from_pretrained(args.model).eval()
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{name} does not take text, so that no errors can be measured; call hf_multipole.convert")
+    broken = [key for key, x in model.named_parameters() if not torch.isfinite(x).all()]
+    if broken:
+        raise ValueError(f"{args.model} has weights that are not finite: {broken[0]}")
+    count = min(args.tokens, getattr(config, "max_position_embeddings", args.tokens))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :count]
+    if ids.shape[1] <= 2 * args.block_size:
+        raise ValueError(
+            f"{args.text} gives {ids.shape[1]} tokens, but up to {2 * args.block_size} multipole attention is exact: give more"
+        )
+    # Everything that convert refuses is refused here, on the model's shape alone.
+    with torch.device("meta"):
+        shape = type(model)(AutoConfig.from_pretrained(args.model))
+    convert(shape, **options_of(args))
+    return model, tokenizer, ids
+
+
+def options_of(args) -> dict:
+    return {"layers": args.layers, "block_size": args.block_size, "rank": args.rank, "summary": args.summary}
+
+
+def measure(model, ids, args) -> list[dict]:
+    """A row for each layer: its error, and for causal models the bits a token with it alone converted."""
+    options = STOCK_OPTIONS | {"block_size": args.block_size, "rank": args.rank}
+    errors = layer_errors(model, ids, [options])[0]
+    exact = model.config._attn_implementation
+    rows = [{"layer": "all exact", "bits": bits_per_token(loss(model, ids, exact))}] if model.can_generate() else []
+    modules = [(name, module) for name, module in attention_modules(model).items() if is_multipole(module)]
+    for name, module in tqdm(modules, desc="layers", unit="layer"):
+        row = {"layer": getattr(module, "layer_idx", None), "module": name, "error": errors[name]}
+        if model.can_generate() and row["layer"] is not None:
+            row["bits"] = bits_per_token(loss(model, ids, "multipole", options | {"layers": [row["layer"]]}))
+        rows.append(row)
+    if model.can_generate():
+        rows.append({"layer": "all multipole", "bits": bits_per_token(loss(model, ids, "multipole", options))})
+    return rows
+
+
+def plot(rows: list[dict], tolerance: float, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layers = [row for row in rows if "error" in row]
+    figure, axes = plt.subplots(figsize=(max(4, 0.3 * len(layers) + 2), 3), layout="constrained")
+    axes.bar(range(len(layers)), [row["error"] for row in layers], color=["C1" if row["error"] > tolerance else "C0" for row in layers])
+    axes.axhline(tolerance, color="0.5", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="layer", ylabel="error of the attention output")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def report(rows: list[dict], args, tokens: int) -> str:
+    def cell(row, name):
+        return f"{row[name]:.3f}" if name in row else ""
+
+    lines = ["| layer | error of its attention output | bits a token with it alone multipole |", "|---|---:|---:|"]
+    lines += [
+        f"| {row['layer'] if row['layer'] is not None else row['module']} | {cell(row, 'error')} | {cell(row, 'bits')} |" for row in rows
+    ]
+    over = [row["layer"] for row in rows if row.get("error", 0) > args.tolerance]
+    kept = [row["layer"] for row in rows if row.get("error", args.tolerance + 1) <= args.tolerance]
+    if not over:
+        advice = f"No layer has an error over {args.tolerance}: nothing needs to stay exact."
+    elif None in over:
+        advice = f"{len(over)} layers have an error over {args.tolerance}, but this architecture has no layer numbers to choose by."
+    else:
+        advice = (
+            f"Suggestion: leave exact, until they are trained, the layers with an error over {args.tolerance}: {', '.join(map(str, over))}"
+        )
+        advice += f" (`--layers {' '.join(map(str, kept))}`)." if kept else ", which are all: train before use."
+    return f"On the first {tokens} tokens of `{args.text.name}`, with untrained summaries:\n\n" + "\n".join(lines) + f"\n\n{advice}\n"
+
+
+def main() -> None:
+    args = parse()
+    try:
+        model, tokenizer, ids = prepare(args)
+    except (ValueError, OSError, RuntimeError, HFValidationError, SafetensorError) as error:
+        sys.exit(f"convert.py: {str(error).strip()}")
+    rows = measure(model, ids, args)
+    text = report(rows, args, ids.shape[1])
+    print(text)
+
+    convert(model, **options_of(args))
+    # Beside it, and moved: a half-written checkpoint is never taken for a whole one.
+    part = args.output.with_name(args.output.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    write_json(part / "conversion.json", {"options": model.config.multipole, "tokens": ids.shape[1], "layers": rows})
+    picture = ""
+    if find_spec("matplotlib"):
+        plot(rows, args.tolerance, part / "conversion.png")
+        picture = "\n![error by layer](conversion.png)\n"
+    data = ModelCardData(library_name="transformers", tags=["fast-multipole-attention", "hf_multipole"])
+    ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {args.output.name}
+
+`{args.model}` with fast multipole attention ([arXiv 2310.11960](https://arxiv.org/abs/2310.11960)), converted but not yet trained:
+
+```
+python {shlex.join(sys.argv)}
+```
+
+It needs hf_multipole, which must be imported before it is loaded; without it Transformers refuses the checkpoint. Loaded with
+another `attn_implementation` by explicit choice, it runs with exact attention and its learned summaries are not used.
+
+```python
+import hf_multipole
+from transformers import {type(model).__name__}
+
+model = {type(model).__name__}.from_pretrained("path/to/this/folder")
+```
+
+{text}{picture}"""
+    ).save(part / "README.md")
+    if args.output.exists():
+        args.output.rmdir()  # it is empty
+    part.rename(args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
