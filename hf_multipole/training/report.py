@@ -1,35 +1,35 @@
 """What a run leaves beside its weights: figures, the loss curve, the attention pattern, a model card."""
 
-import json
+import math
+import shlex
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel, TrainerCallback
-
-from .metrics import bits_per_token
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 
-class EvaluationCurve(TrainerCallback):
-    """Collects the held-out loss, in bits per token, over the steps."""
-
-    def __init__(self):
-        self.points: list[dict[str, float]] = []
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if metrics and "eval_loss" in metrics:
-            self.points.append({"step": state.global_step, "bits": bits_per_token(metrics["eval_loss"])})
-
-
-def write_json(path: Path, content) -> None:
-    """Written beside and moved, so that a half-written file is never taken for a whole one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
+def curve(log_history: list[dict], causal: bool) -> list[dict[str, float]]:
+    """The held-out figure over the steps, from Trainer's own log, which a run that goes on takes up again: bits per byte of a causal
+    model, bits per masked token of a masked one.
+    """
+    points = {}
+    for entry in log_history:
+        if "eval_loss" in entry:
+            bits = entry["eval_bits_per_byte"] if causal else entry["eval_loss"] / math.log(2)
+            points[entry["step"]] = {"step": entry["step"], "bits": bits}
+    return list(points.values())
 
 
-def plot_curves(curves: dict[str, list[dict[str, float]]], levels: dict[str, float], path: Path) -> None:
-    """Held-out bits per byte against steps, one line a run, with horizontal lines for ``levels``."""
+def command(argv: list[str]) -> str:
+    """The command line of this run, without its token."""
+    shown = ["***" if before == "--hub_token" else part for before, part in zip(["", *argv], argv)]
+    shown = ["--hub_token=***" if part.startswith("--hub_token=") else part for part in shown]
+    return "python " + shlex.join(shown)
+
+
+def plot_curves(curves: dict[str, list[dict[str, float]]], levels: dict[str, float], path: Path, unit: str = "bits per byte") -> None:
+    """Held-out bits per byte, or another ``unit``, against steps, one line a run, with horizontal lines for ``levels``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,7 +44,7 @@ def plot_curves(curves: dict[str, list[dict[str, float]]], levels: dict[str, flo
     for name, level in levels.items():
         axes.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
         axes.annotate(name, (right, level), ha="right", va="bottom", color="0.4", fontsize=8)
-    axes.set(xlabel="step", ylabel="held-out bits per byte")
+    axes.set(xlabel="step", ylabel=f"held-out {unit}")
     axes.set_ylim(top=min(axes.get_ylim()[1], max(levels.values(), default=8) + 0.7))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -83,46 +83,101 @@ def plot_attention(model: PreTrainedModel, tokens: torch.Tensor, path: Path) -> 
     plt.close(figure)
 
 
-def write_card(
-    folder: Path, title: str, figures: dict[str, float], curve: list[dict[str, float]], command: str, images: dict[str, str]
-) -> None:
-    """README.md of a trained checkpoint: what it is, how to load it, the figures and the command that gave them."""
+CITATION = """@article{kang2023fast,
+  title={Fast Multipole Attention: A Divide-and-Conquer Attention Mechanism for Long Sequences},
+  author={Kang, Yanming and Tran, Giang and De Sterck, Hans},
+  journal={arXiv preprint arXiv:2310.11960},
+  year={2023}
+}"""
+LIMITS = (
+    "A model of the text that it was trained on, with its errors and its prejudice; it was not tuned to follow instructions. "
+    "Figures hold for the context length and the data that are given here."
+)
+
+
+def write_card(folder: Path, run: dict) -> None:
+    """README.md of a trained checkpoint: what it is, how to load it, the figures and the command that gave them.
+
+    run: title, causal, multipole (whether its attention is), data (a sentence), dataset (name on the Hub or None), configuration
+    (fields to list), command, metrics (final figures by name), baselines (bits per byte by name), curve and images (file by name).
+    """
+    task, auto = ("text-generation", "AutoModelForCausalLM") if run["causal"] else ("fill-mask", "AutoModelForMaskedLM")
+    unit = "bits per byte" if run["causal"] else "bits per masked token"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=run["dataset"] or "local",
+            dataset_name=run["data"],
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=round(value, 4),
+        )
+        for name, value in run["metrics"].items()
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["hf_multipole", *(["fast-multipole-attention"] if run["multipole"] else [])],
+        datasets=[run["dataset"]] if run["dataset"] else None,
+        model_name=run["title"],
+        eval_results=results,
+    )
+    figures = {"this model": run["metrics"]["bits_per_byte"]} | run["baselines"] if run["causal"] else {}
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
-    points = "\n".join(f"| {point['step']} | {point['bits']:.3f} |" for point in curve)
-    pictures = "\n\n".join(f"![{name}]({file})" for name, file in images.items())
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["fast-multipole-attention", "hf_multipole"])
+    others = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in run["metrics"].items() if name != "bits_per_byte")
+    table = (f"| | bits per byte |\n|---|---|\n{rows}\n\n" if rows else "") + f"| this model | |\n|---|---|\n{others}"
+    points = "\n".join(f"| {point['step']} | {point['bits']:.3f} |" for point in run["curve"])
+    fields = "\n".join(f"| {name} | {value} |" for name, value in run["configuration"].items())
+    pictures = "\n\n".join(f"![{name}]({file})" for name, file in run["images"].items())
+    kind = "with fast multipole attention ([arXiv 2310.11960](https://arxiv.org/abs/2310.11960)), " if run["multipole"] else ""
     text = f"""---
 {data.to_yaml()}
 ---
 
-# {title}
+# {run["title"]}
 
-A language model with fast multipole attention ([arXiv 2310.11960](https://arxiv.org/abs/2310.11960)), trained with hf_multipole:
+A {"language" if run["causal"] else "masked language"} model {kind}trained with hf_multipole on {run["data"]}:
 
 ```
-{command}
+{run["command"]}
 ```
 
 ```python
 import hf_multipole
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-## Held-out files
+Without hf_multipole installed, `trust_remote_code=True` runs the code that lies beside the weights.
 
-| | bits per byte |
-|---|---|
-{rows}
+## Held-out text
+
+{table}
 
 {pictures}
 
+## Configuration
+
+| | |
+|---|---|
+{fields}
+
 ## Curve
 
-| step | held-out bits per byte |
+| step | held-out {unit} |
 |---|---|
 {points}
+
+## Limits
+
+{LIMITS}
+
+## Citation
+
+```bibtex
+{CITATION}
+```
 """
     ModelCard(text).save(folder / "README.md")
