@@ -76,7 +76,7 @@ def plot_attention(model: PreTrainedModel, tokens: torch.Tensor, path: Path) -> 
             total += spread[:, :n]
             column, width = column + groups * config.rank, 2 * width
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    image = axes.imshow((total / len(attentions)).clamp(min=1e-6).log10(), cmap="magma", vmin=-5, vmax=0, interpolation="nearest")
+    image = axes.imshow((total / len(attentions)).clamp(min=1e-6).log10().numpy(), cmap="magma", vmin=-5, vmax=0, interpolation="nearest")
     axes.set(xlabel="token looked at", ylabel="query")
     figure.colorbar(image, label="attention weight, log10", shrink=0.85)
     figure.savefig(path, dpi=150)

@@ -1,15 +1,17 @@
 """Trainer for language models: contexts that grow, exact figures, checkpoints that are complete or do not count."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback, configuration_utils
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
+from ..modeling.configuration_multipole import LAYER_TYPES
 from . import checkpoints
 from .arguments import RunArguments
 from .batches import MaskingCollator, shorten, warm_length
@@ -112,11 +114,21 @@ class LanguageModelTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             last = next(iter(checkpoints.complete(folder.parent)), None)
             rest = f"the newest complete one is {last}" if last else "there is no complete one yet"
-            raise CheckpointError(f"{folder} could not be written: {_line(error)}; {rest}") from error
+            free = shutil.disk_usage(folder.parent).free / 1e6
+            raise CheckpointError(f"{folder} could not be written, with {free:.0f} MB free: {_line(error)}; {rest}") from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # Trainer reads the version of a checkpoint with the base class of configurations, which refuses unknown kinds of layers.
+        known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+        configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *LAYER_TYPES)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            configuration_utils.ALLOWED_ATTN_LAYER_TYPES = known
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
