@@ -49,8 +49,8 @@ class ModelArguments:
             raise ValueError(f"model_type {self.model_type!r} is unknown{suggestion(self.model_type, CONFIG_MAPPING)}")
         known = {f.name for f in dataclasses.fields(CONFIG_MAPPING[self.model_type])}
         check_names(self.config_overrides, known, "config_overrides")
-        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
-            raise ValueError(f"dtype is {self.dtype!r}, but must be float32, bfloat16, float16 or auto")
+        if self.dtype not in ("float32", "bfloat16", "auto"):
+            raise ValueError(f"dtype is {self.dtype!r}, but must be float32, bfloat16 or auto")
         if self.model_name_or_path and self.config_overrides:
             raise ValueError("config_overrides describe a new model, but model_name_or_path names a checkpoint: give one of the two")
 

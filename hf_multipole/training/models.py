@@ -22,7 +22,11 @@ def build_tokenizer(args: ModelArguments, masked: bool) -> PreTrainedTokenizerBa
     if not source:
         # One of the ids that ByT5 itself masks with.
         return ByT5Tokenizer(**{"mask_token": "<extra_id_0>"} if masked else {})
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    revision = None if args.tokenizer_name else args.model_revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise OSError(f"there is no tokenizer {source}: {error}") from error
     if masked and tokenizer.mask_token is None:
         raise ValueError(f"the tokenizer {source} has no mask token, which masked language modelling needs; give another tokenizer_name")
     return tokenizer
@@ -39,7 +43,10 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
         options["attn_implementation"] = args.attn_implementation
     if args.model_name_or_path:
         options |= {"revision": args.model_revision or "main", "trust_remote_code": args.trust_remote_code}
-        model = auto_class.from_pretrained(args.model_name_or_path, **options)
+        try:
+            model = auto_class.from_pretrained(args.model_name_or_path, **options)
+        except OSError as error:
+            raise OSError(f"there is no checkpoint {args.model_name_or_path}: {error}") from error
     else:
         if args.dtype == "auto":
             raise ValueError("dtype auto is the dtype of a checkpoint; a new model needs one by name")
@@ -51,6 +58,8 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
         known = {field.name for field in dataclasses.fields(config_class)}
         config = config_class(**{name: value for name, value in values.items() if name in known} | args.config_overrides)
         model = auto_class.from_config(config, **options)
+    if model.dtype == torch.float16:
+        raise ValueError("parameters in float16 are too coarse for training: give dtype float32 (and fp16 for mixed precision)")
     size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > size:
         raise ValueError(

@@ -126,6 +126,8 @@ def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArgume
         raise ValueError(f"hub_strategy {args.hub_strategy.value} would upload pickled states: give end or every_save")
     if data_args.document_boundaries and args.use_cache:
         raise ValueError("document_boundaries need use_cache: false, for a cache hides where documents start")
+    if args.device.type == "cpu" and (args.fp16 or args.fp16_full_eval):
+        raise ValueError("fp16 needs a GPU, and this run has none: give bf16")
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
