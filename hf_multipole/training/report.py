@@ -52,6 +52,45 @@ def plot_curves(curves: dict[str, list[dict[str, float]]], levels: dict[str, flo
     plt.close(figure)
 
 
+def plot_positions(results: dict[str, dict], path: Path) -> None:
+    """Mean loss against the position in the row, one line a context length: ``by_position`` of :func:`.evaluation.measure`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, result in results.items():
+        ranges = result["by_position"]
+        axes.plot([(part["from"] + part["to"] - 1) / 2 + 1 for part in ranges], [part["loss"] for part in ranges], label=f"context {name}")
+    axes.set(xlabel="token in the row", ylabel="loss, nats a token", xscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_reach(probes: dict[str, dict[str, list[dict]]], path: Path) -> None:
+    """Recall by context length and distance, a heat map for each probe: kind, then context length, then :func:`.evaluation.probe`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, plots = plt.subplots(1, len(probes), figsize=(5.4 * len(probes), 1.6 + 0.5 * len(next(iter(probes.values())))), squeeze=False)
+    figure.set_layout_engine("constrained")
+    for axes, (kind, contexts) in zip(plots[0], probes.items()):
+        distances = sorted({point["distance"] for points in contexts.values() for point in points})
+        table = [[{p["distance"]: p["recall"] for p in points}.get(d, math.nan) for d in distances] for points in contexts.values()]
+        image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        axes.set(xlabel="distance, tokens", ylabel="context", title=kind)
+        axes.set_xticks(range(len(distances)), distances, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(contexts)), contexts)
+    figure.colorbar(image, ax=plots[0].tolist(), label="recall")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 @torch.no_grad()
 def plot_attention(model: PreTrainedModel, tokens: torch.Tensor, path: Path) -> None:
     """Where each query looks, mean over layers and heads: the weight of every token, a summary's spread over its segment.
