@@ -108,8 +108,15 @@ def main() -> None:
         results[str(length)] = measure(model, scored, collator, accelerator, args.batch_size, causal, f"context {length}")
         for kind in probes:
             probes[kind][str(length)] = probe(model, part, accelerator, kind, args.cases, args.batch_size, args.seed)
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        write(args, causal, results, probes)
+    # Nobody leaves while another one still needs the connection.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def write(args, causal: bool, results: dict, probes: dict) -> None:
+    """evaluation.json, the plots, and a line for each context length."""
     args.output.mkdir(parents=True, exist_ok=True)
     record = {"command": "python " + shlex.join(sys.argv), "causal": causal, "contexts": results, "probes": probes}
     write_json(args.output / "evaluation.json", record)

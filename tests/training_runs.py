@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import unittest.mock
 
@@ -64,9 +65,10 @@ def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _train_with_a_fault(command, masked, fault, at, log):
+def _train_with_a_fault(command, masked, fault, at, log, environment):
     """The script, until its process is killed: in a step, in the middle of a file, or before the marker is in its place."""
     torch.set_num_threads(1)
+    os.environ |= environment
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     if fault == "step":
         step = LanguageModelTrainer.training_step
@@ -98,18 +100,45 @@ def _train_with_a_fault(command, masked, fault, at, log):
         os._exit(1 if error.code else 0)
 
 
-def train_in_a_process(command, log, fault=None, at=None, masked=False):
-    """Runs the script in a new process; returns its exit code and what it wrote."""
+def _start(target, *arguments):
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the server that all of these processes come from; it takes its path from the environment.
     context.set_forkserver_preload(["training_runs"])
     with unittest.mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         multiprocessing.forkserver.ensure_running()
-    process = context.Process(target=_train_with_a_fault, args=(command, masked, fault, at, str(log)))
+    process = context.Process(target=target, args=arguments)
     process.start()
+    return process
+
+
+def train_in_a_process(command, log, fault=None, at=None, masked=False):
+    """Runs the script in a new process; returns its exit code and what it wrote."""
+    process = _start(_train_with_a_fault, command, masked, fault, at, str(log), {})
     process.join(120)
     assert process.exitcode is not None, "the run does not end"
     return process.exitcode, log.read_text()
+
+
+def ranks(count):
+    """What a launcher tells each of ``count`` processes of a run on the CPU."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} for rank in range(count)]
+
+
+def train_in_two_processes(command, log, fault=None, at=None, masked=False):
+    """Runs the script on two gloo ranks; the fault is the first one's. Returns their exit codes and what the first one wrote."""
+    logs = [log, log.with_name(log.name + "-1")]
+    arguments = zip((fault, None), logs, ranks(2))
+    both = [_start(_train_with_a_fault, command, masked, fault, at, str(log), names) for fault, log, names in arguments]
+    both[0].join(120)
+    # A launcher ends the others when one has died; left alone, they wait for it.
+    both[1].join(120 if both[0].exitcode == 0 else 0)
+    both[1].kill()
+    both[1].join()
+    return [process.exitcode for process in both], log.read_text()
 
 
 def history(folder, step):

@@ -50,15 +50,16 @@ def run(script: str, masked: bool) -> None:
         fail(script, error)
     metrics = trainer.evaluate(given["held_out"], metric_key_prefix="test")
     trainer.save_model(_internal_call=True)
-    if not trainer.is_world_process_zero():
-        return
-    line = report(trainer, given, metrics)
-    print(line)
-    if trainer.args.push_to_hub:
-        try:
-            print(push(Path(trainer.args.output_dir), trainer.args, "End of training", trainer.run_args.hub_retries))
-        except OSError as error:
-            sys.exit(f"{script}: {one_line(error)}; the trained model is in {trainer.args.output_dir}")
+    if trainer.is_world_process_zero():
+        print(report(trainer, given, metrics))
+        if trainer.args.push_to_hub:
+            try:
+                print(push(Path(trainer.args.output_dir), trainer.args, "End of training", trainer.run_args.hub_retries))
+            except OSError as error:
+                sys.exit(f"{script}: {one_line(error)}; the trained model is in {trainer.args.output_dir}")
+    # Nobody leaves while another one still needs the connection.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def prepare(masked: bool):
