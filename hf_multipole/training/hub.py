@@ -18,7 +18,7 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_multipole.MultipoleForTokenClassification",
 }
 # Of the library that huggingface_hub speaks HTTP with: what goes wrong on the way to the server.
-NETWORK_ERRORS = (OSError, HfHubHTTPError.__base__)
+NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
 # Pickles, and what only training needs.
 _STAYS_HERE = [
     "*.bin",

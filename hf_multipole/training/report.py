@@ -2,9 +2,11 @@
 
 import math
 import shlex
+import time
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
@@ -122,6 +124,46 @@ def plot_attention(model: PreTrainedModel, tokens: torch.Tensor, path: Path) -> 
     plt.close(figure)
 
 
+@torch.no_grad()
+def measure_scaling(model: PreTrainedModel, longest: int) -> list[dict[str, float]]:
+    """Seconds of a forward pass over one row, with the model's own attention and with exact attention on the same weights, for
+    contexts up to ``longest`` tokens; the best of three.
+    """
+    own, device, out = model.config._attn_implementation, next(model.parameters()).device, []
+    lengths = [longest >> halved for halved in range(4, -1, -1) if longest >> halved >= 16] or [longest]
+    for length in lengths:
+        ids, times = torch.randint(model.config.vocab_size, (1, length), device=device), {}
+        for name, implementation in (("seconds", own), ("seconds_exact", "sdpa")):
+            model.set_attn_implementation(implementation)
+            durations = []
+            for _ in range(4):
+                start = time.perf_counter()
+                model(ids, use_cache=False).logits.sum().item()
+                durations.append(time.perf_counter() - start)
+            # The first call may still have had to take memory.
+            times[name] = min(durations[1:])
+        out.append({"tokens": length} | times)
+    model.set_attn_implementation(own)
+    return out
+
+
+def plot_scaling(times: list[dict[str, float]], path: Path) -> None:
+    """Milliseconds of a forward pass against the context length: :func:`measure_scaling`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    for name, label in (("seconds", "this model"), ("seconds_exact", "with exact attention")):
+        axes.plot([point["tokens"] for point in times], [1000 * point[name] for point in times], marker="o", label=label)
+    axes.set(xlabel="context, tokens", ylabel="forward pass, ms", xscale="log", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 CITATION = """@article{kang2023fast,
   title={Fast Multipole Attention: A Divide-and-Conquer Attention Mechanism for Long Sequences},
   author={Kang, Yanming and Tran, Giang and De Sterck, Hans},
@@ -134,11 +176,34 @@ LIMITS = (
 )
 
 
-def write_card(folder: Path, run: dict) -> None:
-    """README.md of a trained checkpoint: what it is, how to load it, the figures and the command that gave them.
+def planned(configuration: Path) -> dict:
+    """What :func:`write_card` takes, for a configuration that nobody has run yet."""
+    values = yaml.safe_load(configuration.read_text())
+    masked = "mlm_probability" in values
+    overrides = values.pop("config_overrides", {})
+    data = " ".join(filter(None, [values.get("dataset_name"), values.get("dataset_config_name")])) or values.get("train_file")
+    return {
+        "title": configuration.stem,
+        "causal": not masked,
+        "multipole": True,
+        "data": data,
+        "dataset": values.get("dataset_name"),
+        "configuration": overrides | {name: value for name, value in values.items() if name not in ("output_dir", "report_to")},
+        "command": "accelerate launch --config_file configs/accelerate/multi_gpu.yaml "
+        f"scripts/run_{'mlm' if masked else 'clm'}.py --config configs/{configuration.name}",
+        "metrics": {},
+        "baselines": {},
+        "curve": [],
+        "images": {},
+    }
+
+
+def write_card(path: Path, run: dict) -> None:
+    """The model card of a trained checkpoint: what it is, how to load it, the figures and the command that gave them.
 
     run: title, causal, multipole (whether its attention is), data (a sentence), dataset (name on the Hub or None), configuration
-    (fields to list), command, metrics (final figures by name), baselines (bits per byte by name), curve and images (file by name).
+    (fields to list), command, metrics (final figures by name; empty for a run that nobody has made yet, and the card then says so),
+    baselines (bits per byte by name), curve and images (file by name).
     """
     task, auto = ("text-generation", "AutoModelForCausalLM") if run["causal"] else ("fill-mask", "AutoModelForMaskedLM")
     unit = "bits per byte" if run["causal"] else "bits per masked token"
@@ -158,24 +223,31 @@ def write_card(folder: Path, run: dict) -> None:
         pipeline_tag=task,
         tags=["hf_multipole", *(["fast-multipole-attention"] if run["multipole"] else [])],
         datasets=[run["dataset"]] if run["dataset"] else None,
-        model_name=run["title"],
-        eval_results=results,
+        model_name=run["title"] if results else None,
+        eval_results=results or None,
     )
-    figures = {"this model": run["metrics"]["bits_per_byte"]} | run["baselines"] if run["causal"] else {}
+    measured = bool(results)
+    figures = {"this model": run["metrics"]["bits_per_byte"]} | run["baselines"] if run["causal"] and measured else {}
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in figures.items())
     others = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in run["metrics"].items() if name != "bits_per_byte")
     table = (f"| | bits per byte |\n|---|---|\n{rows}\n\n" if rows else "") + f"| this model | |\n|---|---|\n{others}"
+    if not measured:
+        table = "Not measured: nobody has run this configuration yet. The command above does, and writes this card anew, with its figures."
     points = "\n".join(f"| {point['step']} | {point['bits']:.3f} |" for point in run["curve"])
     fields = "\n".join(f"| {name} | {value} |" for name, value in run["configuration"].items())
     pictures = "\n\n".join(f"![{name}]({file})" for name, file in run["images"].items())
-    kind = "with fast multipole attention ([arXiv 2310.11960](https://arxiv.org/abs/2310.11960)), " if run["multipole"] else ""
+    history = f"## Curve\n\n| step | held-out {unit} |\n|---|---|\n{points}\n\n" if points else ""
+    pictures = pictures and pictures + "\n\n"
+    kind = f"A {'language' if run['causal'] else 'masked language'} model"
+    kind += " with fast multipole attention ([arXiv 2310.11960](https://arxiv.org/abs/2310.11960))," if run["multipole"] else ""
+    kind += " trained" if measured else " to be trained"
     text = f"""---
 {data.to_yaml()}
 ---
 
 # {run["title"]}
 
-A {"language" if run["causal"] else "masked language"} model {kind}trained with hf_multipole on {run["data"]}:
+{kind} with hf_multipole on {run["data"]}:
 
 ```
 {run["command"]}
@@ -195,21 +267,13 @@ Without hf_multipole installed, `trust_remote_code=True` runs the code that lies
 
 {table}
 
-{pictures}
-
-## Configuration
+{pictures}## Configuration
 
 | | |
 |---|---|
 {fields}
 
-## Curve
-
-| step | held-out {unit} |
-|---|---|
-{points}
-
-## Limits
+{history}## Limits
 
 {LIMITS}
 
@@ -219,4 +283,4 @@ Without hf_multipole installed, `trust_remote_code=True` runs the code that lies
 {CITATION}
 ```
 """
-    ModelCard(text).save(folder / "README.md")
+    ModelCard(text).save(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .data import first_files, hold_out, load_texts, pack, recut, stream
 from .hub import NETWORK_ERRORS, add_code, push
 from .metrics import compression_baselines
 from .models import build_model, build_tokenizer
-from .report import command, curve, plot_attention, plot_curves, write_card
+from .report import command, curve, measure_scaling, plot_attention, plot_curves, plot_scaling, write_card
 from .trainer import CheckpointError, LanguageModelTrainer
 
 # What a user can put right: told in one line. Anything else is our own mistake, and shows its traceback.
@@ -77,12 +78,15 @@ def prepare(masked: bool):
     resuming = args.resume_from_checkpoint is not None and (checkpoint is None or checkpoint.parent.resolve() == folder.resolve())
     checkpoints.claim(folder, identity, resuming)
 
+    texts = load_texts(data_args)
+    if texts[1] is None and data_args.streaming:
+        raise ValueError("streaming needs held-out text of its own: give validation_split_name or validation_file")
     set_seed(args.seed)
     tokenizer = build_tokenizer(model_args, masked)
     model = build_model(model_args, tokenizer, data_args.context_length, masked)
     if data_args.document_boundaries and not keeps_documents_apart(model):
         raise ValueError(f"{type(model).__name__} does not keep the documents of a row apart: set document_boundaries to false")
-    train, held_out, held_out_texts = build_data(data_args, args, tokenizer)
+    train, held_out, held_out_texts = build_rows(*texts, data_args, args, tokenizer)
     curve_rows = held_out.select(range(min(data_args.eval_rows, len(held_out))))
     lengths = {length: recut(curve_rows, length) for length in data_args.eval_context_lengths or ()}
 
@@ -134,17 +138,13 @@ def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArgume
         raise ValueError(f"output_dir {output} is a file")
 
 
-def build_data(data_args: DataArguments, args: TrainingArguments, tokenizer) -> tuple[Dataset, Dataset, list[str]]:
+def build_rows(
+    texts: Iterable[str], held_out_texts: Iterable[str] | None, data_args: DataArguments, args: TrainingArguments, tokenizer
+) -> tuple[Dataset, Dataset, list[str]]:
     """Training rows, held-out rows, and the held-out texts where there are some of a byte-level model."""
     length, held_rows = data_args.context_length, data_args.eval_rows + data_args.test_rows
     options = {"boundaries": data_args.document_boundaries, "end_of_text": data_args.rows_are_documents}
-    texts, held_out_texts = load_texts(data_args)
-    rows = None
-    if args.max_steps > 0:
-        rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
     if held_out_texts is None:
-        if data_args.streaming:
-            raise ValueError("streaming needs held-out text of its own: give validation_split_name or validation_file")
         train, held_out = hold_out(pack(tokenizer, texts, length, **options), data_args.validation_split_percentage)
         return train, held_out.select(range(min(held_rows, len(held_out)))), []
     if isinstance(tokenizer, ByT5Tokenizer):
@@ -152,7 +152,8 @@ def build_data(data_args: DataArguments, args: TrainingArguments, tokenizer) -> 
     if data_args.streaming:
         train = stream(tokenizer, texts, length, **options)
     else:
-        train = pack(tokenizer, texts, length, rows, **options)
+        rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        train = pack(tokenizer, texts, length, rows if rows > 0 else None, **options)
     held_out = pack(tokenizer, held_out_texts, length, held_rows, **options)
     return train, held_out, held_out_texts if isinstance(held_out_texts, list) else []
 
@@ -171,7 +172,6 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     record = {"parameters": model.num_parameters(), "metrics": figures, "curve": points}
     if causal:
         record["bits_per_byte"] = {"this model": figures["bits_per_byte"]} | baselines
-    checkpoints.write_json(folder / "figures.json", record)
     images = {}
     if find_spec("matplotlib"):
         if points:
@@ -182,8 +182,12 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
             images["attention pattern"] = "attention.png"
             sample = torch.tensor([held_out[0]["input_ids"][:512]], device=trainer.args.device)
             plot_attention(model.eval(), sample, folder / "attention.png")
+            images["time against context length"] = "scaling.png"
+            record["scaling"] = measure_scaling(model, data_args.context_length)
+            plot_scaling(record["scaling"], folder / "scaling.png")
     else:
         print("no plots were drawn: install hf_multipole[plot] for them")
+    checkpoints.write_json(folder / "figures.json", record)
     data = "the source text of Python's standard library" if data_args.train_folder == "stdlib" else data_args.train_folder
     data = data or " ".join(filter(None, [data_args.dataset_name, data_args.dataset_config_name])) or ", ".join(data_args.train_file)
     card = {
@@ -206,7 +210,7 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
         "curve": points,
         "images": images,
     }
-    write_card(folder, card)
+    write_card(folder / "README.md", card)
     if not causal:
         return f"{folder}: masked accuracy {figures['masked_accuracy']:.3f}, loss {figures['loss']:.3f} on held-out text"
     others = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
