@@ -19,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import hf_multipole
 from hf_multipole import MultipoleForCausalLM, MultipoleForMaskedLM
 from hf_multipole.training.trainer import LanguageModelTrainer
 
@@ -192,11 +193,26 @@ def test_another_run_is_not_written_over(texts, tmp_path):
         train(arguments(texts, tmp_path / "run" / "config.json", *STEPS))
 
 
-def test_conversion(texts, stock, tmp_path):
-    """The convert section of a configuration."""
-    if not hasattr(pytest.importorskip("hf_multipole.integration"), "convert"):
-        pytest.skip("conversion is not part of this version")
-    options = ["--model_name_or_path", stock, "--convert", "{kind: multipole, block_size: 8, rank: 2}"]
+def test_conversion(texts, stock, tmp_path, monkeypatch):
+    """The convert section of a configuration goes to convert(), its names checked."""
+    calls = []
+
+    def convert(model, kind="multipole", *, block_size=None, rank=None):
+        calls.append((kind, block_size, rank))
+        return model
+
+    monkeypatch.setattr("hf_multipole.convert", convert, raising=False)
+    options = ["--model_name_or_path", stock, "--convert", "{block_size: 8, rank: 2}"]
+    train(arguments(texts, tmp_path / "run", *STEPS, *options, config=None))
+    assert calls == [("multipole", 8, 2)]
+    options[-1] = "{blok_size: 8}"
+    with pytest.raises(SystemExit, match="convert has an unknown key 'blok_size'; did you mean 'block_size'"):
+        train(arguments(texts, tmp_path / "other", *STEPS, *options, config=None))
+
+
+@pytest.mark.skipif(not hasattr(hf_multipole, "convert"), reason="conversion is not part of this version")
+def test_a_converted_checkpoint(texts, stock, tmp_path):
+    options = ["--model_name_or_path", stock, "--convert", "{block_size: 8, rank: 2}"]
     train(arguments(texts, tmp_path / "run", *STEPS, *options, config=None))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.multipole["rank"] == 2
 

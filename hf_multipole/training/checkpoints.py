@@ -71,6 +71,11 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
+def resumes(request: str | bool | None) -> bool:
+    """Whether resume_from_checkpoint asks for anything."""
+    return str(request).lower() not in ("none", "false")
+
+
 def choose(folder: Path, request: str | None, note: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from; None to start from the beginning.
 
@@ -78,7 +83,7 @@ def choose(folder: Path, request: str | None, note: Callable[[str], None]) -> Pa
     files are what was written, passing over damaged ones; or the folder of a checkpoint.
     Raises ValueError and OSError where that is not possible, with what is.
     """
-    if request is None or str(request).lower() == "false":
+    if not resumes(request):
         return None
     if str(request).lower() not in ("true", "intact"):
         folder = Path(request)

@@ -107,13 +107,11 @@ def row_figures(logits: torch.Tensor, labels: torch.Tensor, causal: bool) -> tup
     Returns the cross-entropy of each token's label in nats, ``(rows, n)`` float32, 0 where the label is -100, and the most likely
     tokens ``(rows, n)``. For a causal model the loss of a label stands at the label, not at the token that predicts it.
     """
+    scores, targets = (logits[:, :-1], labels[:, 1:]) if causal else (logits, labels)
+    nats = torch.nn.functional.cross_entropy(scores.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
     if causal:
         # The first token is predicted from nothing.
-        labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device) == 0, -100)
-        shifted = logits.roll(1, 1)
-    else:
-        shifted = logits
-    nats = torch.nn.functional.cross_entropy(shifted.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        nats = torch.nn.functional.pad(nats, (1, 0))
     return nats, logits.argmax(-1)
 
 

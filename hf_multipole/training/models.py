@@ -1,6 +1,7 @@
 """The tokenizer and the model that a run starts from."""
 
 import dataclasses
+import inspect
 
 import torch
 from transformers import (
@@ -13,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .arguments import ModelArguments
+from .arguments import ModelArguments, check_names
 
 
 def build_tokenizer(args: ModelArguments, masked: bool) -> PreTrainedTokenizerBase:
@@ -70,8 +71,8 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
 
 def converted(model: PreTrainedModel, options: dict) -> PreTrainedModel:
     """The model with another kind of attention: the ``convert`` section of a configuration."""
-    from ..integration import convert
+    from .. import convert
 
-    options = dict(options)
-    convert(model, options.pop("kind", "multipole"), **options)
-    return model
+    options = {"kind": "multipole"} | options
+    check_names(options, inspect.signature(convert).parameters, "convert")
+    return convert(model, **options)

@@ -186,6 +186,7 @@ def planned(configuration: Path) -> dict:
         "title": configuration.stem,
         "causal": not masked,
         "multipole": True,
+        "code": True,
         "data": data,
         "dataset": values.get("dataset_name"),
         "configuration": overrides | {name: value for name, value in values.items() if name not in ("output_dir", "report_to")},
@@ -201,9 +202,9 @@ def planned(configuration: Path) -> dict:
 def write_card(path: Path, run: dict) -> None:
     """The model card of a trained checkpoint: what it is, how to load it, the figures and the command that gave them.
 
-    run: title, causal, multipole (whether its attention is), data (a sentence), dataset (name on the Hub or None), configuration
-    (fields to list), command, metrics (final figures by name; empty for a run that nobody has made yet, and the card then says so),
-    baselines (bits per byte by name), curve and images (file by name).
+    run: title, causal, multipole (whether its attention is), code (whether it lies beside the weights), data (a sentence), dataset
+    (name on the Hub or None), configuration (fields to list), command, metrics (final figures by name; empty for a run that nobody
+    has made yet, and the card then says so), baselines (bits per byte by name), curve and images (file by name).
     """
     task, auto = ("text-generation", "AutoModelForCausalLM") if run["causal"] else ("fill-mask", "AutoModelForMaskedLM")
     unit = "bits per byte" if run["causal"] else "bits per masked token"
@@ -232,12 +233,13 @@ def write_card(path: Path, run: dict) -> None:
     others = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in run["metrics"].items() if name != "bits_per_byte")
     table = (f"| | bits per byte |\n|---|---|\n{rows}\n\n" if rows else "") + f"| this model | |\n|---|---|\n{others}"
     if not measured:
-        table = "Not measured: nobody has run this configuration yet. The command above does, and writes this card anew, with its figures."
+        table = "Not measured: nobody has run this configuration yet. The command above does, and writes a card with its figures."
     points = "\n".join(f"| {point['step']} | {point['bits']:.3f} |" for point in run["curve"])
     fields = "\n".join(f"| {name} | {value} |" for name, value in run["configuration"].items())
     pictures = "\n\n".join(f"![{name}]({file})" for name, file in run["images"].items())
     history = f"## Curve\n\n| step | held-out {unit} |\n|---|---|\n{points}\n\n" if points else ""
     pictures = pictures and pictures + "\n\n"
+    code = "Without hf_multipole installed, `trust_remote_code=True` runs the code that lies beside the weights.\n\n" if run["code"] else ""
     kind = f"A {'language' if run['causal'] else 'masked language'} model"
     kind += " with fast multipole attention ([arXiv 2310.11960](https://arxiv.org/abs/2310.11960))," if run["multipole"] else ""
     kind += " trained" if measured else " to be trained"
@@ -261,9 +263,7 @@ model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-Without hf_multipole installed, `trust_remote_code=True` runs the code that lies beside the weights.
-
-## Held-out text
+{code}## Held-out text
 
 {table}
 

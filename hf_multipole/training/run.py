@@ -48,7 +48,8 @@ def run(script: str, masked: bool) -> None:
     try:
         trainer.train(resume_from_checkpoint=given["checkpoint"])
     except CheckpointError as error:
-        fail(script, error)
+        # It may concern one process alone, whichever.
+        sys.exit(f"{script}: {one_line(error)}")
     metrics = trainer.evaluate(given["held_out"], metric_key_prefix="test")
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
@@ -75,7 +76,7 @@ def prepare(masked: bool):
     identity = {name: value for part in parts for name, value in dataclasses.asdict(part).items()} | {"seed": args.seed, "masked": masked}
     main = os.environ.get("RANK", "0") == "0"
     checkpoint = checkpoints.choose(folder, args.resume_from_checkpoint, print if main else lambda line: None)
-    resuming = args.resume_from_checkpoint is not None and (checkpoint is None or checkpoint.parent.resolve() == folder.resolve())
+    resuming = checkpoints.resumes(args.resume_from_checkpoint) and (checkpoint is None or checkpoint.parent.resolve() == folder.resolve())
     checkpoints.claim(folder, identity, resuming)
 
     texts = load_texts(data_args)
@@ -193,7 +194,8 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     card = {
         "title": folder.name,
         "causal": causal,
-        "multipole": multipole,
+        "multipole": multipole or bool(getattr(model.config, "multipole", None)),
+        "code": multipole,
         "data": data,
         "dataset": data_args.dataset_name if data_args.dataset_name and not Path(data_args.dataset_name).exists() else None,
         "configuration": {"parameters": f"{model.num_parameters():,}", "context length": data_args.context_length}

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from transformers import EvalPrediction, Trainer, TrainerCallback, configuration_utils
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
-from ..modeling.configuration_multipole import LAYER_TYPES
+from ..modeling.configuration_multipole import LAYER_TYPES, MultipoleConfig
 from . import checkpoints
 from .arguments import RunArguments
 from .batches import MaskingCollator, shorten, warm_length
-from .hub import push
+from .hub import add_code, push
 from .metrics import row_figures, summarise
 
 
@@ -132,6 +132,9 @@ class LanguageModelTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            model = self.accelerator.unwrap_model(self.model)
+            if isinstance(model.config, MultipoleConfig):
+                add_code(model, checkpoint_folder)
             try:
                 push(Path(checkpoint_folder), self.args, f"Training, step {self.state.global_step}", self.run_args.hub_retries)
             except OSError as error:
