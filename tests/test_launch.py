@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_models import build, tokens
-from training_runs import _start, arguments, history, ranks, train, train_in_two_processes, write_texts
+from training_runs import arguments, history, ranks, run_script, start, train, train_in_two_processes, write_texts
+from transformers import ByT5Tokenizer
 
 ROOT = Path(__file__).parent.parent
 # Without dropout, whose random numbers belong to a process.
@@ -60,31 +61,31 @@ def test_two_killed_processes_go_on(texts, tmp_path):
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def launch(*command, cwd):
+def test_torchrun(texts, tmp_path):
+    """The command that is documented."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_torchrun_and_accelerate_launch(texts, tmp_path):
-    """The commands that are documented: training on two ranks with torchrun, then its checkpoint measured by two and by one."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", ranks(1)[0]["MASTER_PORT"]]
     few = [*OPTIONS, "--max_steps", "4", "--save_steps", "4"]
-    launch(*torchrun, ROOT / "scripts" / "run_clm.py", *arguments(texts, tmp_path / "two", *few, config=STILL), cwd=tmp_path)
     train(arguments(texts, tmp_path / "one", *few, "--per_device_train_batch_size", "2", config=STILL))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", ranks(1)[0]["MASTER_PORT"]]
+    command += [str(ROOT / "scripts" / "run_clm.py"), *arguments(texts, tmp_path / "two", *few, config=STILL)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     same_curve(tmp_path / "one", tmp_path / "two", 4)
-    # Seven rows do not divide evenly.
-    more = ["--model", tmp_path / "two", "--file", texts, "--context-lengths", 64, "--max-tokens", 7 * 64, "--batch-size", 2]
-    evaluation = [ROOT / "scripts" / "evaluate_lm.py", *more, "--probes", "needle", "--cases", 3]
-    launch(*torchrun, *evaluation, "--output", tmp_path / "by-two", cwd=tmp_path)
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs" / "accelerate" / "cpu.yaml"]
-    launch(*accelerate, *evaluation, "--output", tmp_path / "by-one", cwd=tmp_path)
-    two, one = (json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("by-two", "by-one"))
-    assert two["contexts"]["64"]["tokens"] == one["contexts"]["64"]["tokens"] == 7 * 63
-    for name in ("bits_per_byte", "token_accuracy", "loss"):
+
+
+def test_evaluation_on_two_processes(texts, tmp_path):
+    """The same figures and the same reach as on one; seven rows do not divide evenly."""
+    build(vocab_size=384).float().save_pretrained(tmp_path / "model")
+    ByT5Tokenizer().save_pretrained(tmp_path / "model")
+    more = ["--model", tmp_path / "model", "--file", texts, "--context-lengths", 64, "--max-tokens", 7 * 64, "--batch-size", 2]
+    for count in (1, 2):
+        argv = [*more, "--probes", "needle", "--cases", 3, "--output", tmp_path / f"by-{count}"]
+        assert run_script(ROOT / "scripts" / "evaluate_lm.py", argv, count) == [0] * count
+    one, two = (json.loads((tmp_path / f"by-{count}" / "evaluation.json").read_text()) for count in (1, 2))
+    assert one["contexts"]["64"]["tokens"] == two["contexts"]["64"]["tokens"] == 7 * 63
+    for name in ("bits_per_byte", "token_accuracy", "loss", "perplexity"):
         assert two["contexts"]["64"][name] == pytest.approx(one["contexts"]["64"][name], rel=1e-5)
-    for left, right in zip(two["probes"]["needle"]["64"], one["probes"]["needle"]["64"]):
+    for left, right in zip(two["probes"]["needle"]["64"], one["probes"]["needle"]["64"], strict=True):
         assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
 
 
@@ -134,7 +135,7 @@ def _steps(model, share, average=lambda loss: None):
 
 def test_sharded_weights(tmp_path):
     """fully_shard over two gloo ranks gives the losses and weights of one process, and a checkpoint that loads as any other."""
-    processes = [_start(_sharded, environment, str(tmp_path / "sharded")) for environment in ranks(2)]
+    processes = [start(_sharded, environment, str(tmp_path / "sharded")) for environment in ranks(2)]
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]

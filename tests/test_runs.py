@@ -58,7 +58,7 @@ def seen(monkeypatch):
 def test_a_causal_run(texts, tmp_path, seen):
     folder = tmp_path / "run"
     warm = ["--length_warmup_steps", "2", "--length_warmup_start", "16", "--eval_context_lengths", "32", "128"]
-    train(arguments(texts, folder, *STEPS, *EVALUATED, *warm, "--bf16", "true", "--document_boundaries", "true"))
+    train(arguments(texts, folder, *STEPS, *EVALUATED, *warm, "--bf16", "true", "--document_boundaries", "true"), plots=True)
     assert [shape for shape, _ in seen] == [(4, 16)] * 2 + [(2, 32)] * 2 + [(1, 64)] * 4
     log = seen[0][1].state.log_history
     for length in (32, 128):
@@ -71,8 +71,9 @@ def test_a_causal_run(texts, tmp_path, seen):
     (bits,) = [result for result in card.data.eval_results if result.metric_type == "bits_per_byte"]
     assert bits.metric_value == pytest.approx(figures["metrics"]["bits_per_byte"], abs=1e-4)
     assert "--length_warmup_steps 2" in card.text and "arXiv" in card.text and card.data.pipeline_tag == "text-generation"
-    assert {"loss_curve.png", "attention.png", "modeling_multipole.py"} <= {path.name for path in folder.iterdir()}
+    assert {"loss_curve.png", "attention.png", "scaling.png", "modeling_multipole.py"} <= {path.name for path in folder.iterdir()}
     assert "auto_map" in json.loads((folder / "config.json").read_text())
+    assert [point["tokens"] for point in figures["scaling"]] == [16, 32, 64]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is MultipoleForCausalLM and model.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == 100

@@ -5,10 +5,12 @@ import multiprocessing.forkserver
 import os
 import random
 import resource
+import runpy
 import signal
 import socket
 import sys
 import unittest.mock
+from importlib.util import find_spec
 
 import torch
 
@@ -52,13 +54,12 @@ def arguments(texts, folder, *more, config=SMALL):
     return line + (["--config_overrides", config] if config else []) + [str(part) for part in more]
 
 
-def train(command, masked=False):
-    """Runs the script in this process, or in a thread of its own where that has one process a rank."""
-    before, sys.argv = sys.argv, ["run_mlm.py" if masked else "run_clm.py", *command]
-    try:
-        run(sys.argv[0], masked)
-    finally:
-        sys.argv = before
+def train(command, masked=False, plots=False):
+    """Runs the script in this process; without its plots, which take longer than a short run itself."""
+    argv = ["run_mlm.py" if masked else "run_clm.py", *command]
+    found = find_spec if plots else lambda name: None
+    with unittest.mock.patch.object(sys, "argv", argv), unittest.mock.patch("hf_multipole.training.run.find_spec", found):
+        run(argv[0], masked)
 
 
 def _die():
@@ -100,7 +101,7 @@ def _train_with_a_fault(command, masked, fault, at, log, environment):
         os._exit(1 if error.code else 0)
 
 
-def _start(target, *arguments):
+def start(target, *arguments):
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the server that all of these processes come from; it takes its path from the environment.
     context.set_forkserver_preload(["training_runs"])
@@ -113,7 +114,7 @@ def _start(target, *arguments):
 
 def train_in_a_process(command, log, fault=None, at=None, masked=False):
     """Runs the script in a new process; returns its exit code and what it wrote."""
-    process = _start(_train_with_a_fault, command, masked, fault, at, str(log), {})
+    process = start(_train_with_a_fault, command, masked, fault, at, str(log), {})
     process.join(120)
     assert process.exitcode is not None, "the run does not end"
     return process.exitcode, log.read_text()
@@ -132,13 +133,28 @@ def train_in_two_processes(command, log, fault=None, at=None, masked=False):
     """Runs the script on two gloo ranks; the fault is the first one's. Returns their exit codes and what the first one wrote."""
     logs = [log, log.with_name(log.name + "-1")]
     arguments = zip((fault, None), logs, ranks(2))
-    both = [_start(_train_with_a_fault, command, masked, fault, at, str(log), names) for fault, log, names in arguments]
+    both = [start(_train_with_a_fault, command, masked, fault, at, str(log), names) for fault, log, names in arguments]
     both[0].join(120)
     # A launcher ends the others when one has died; left alone, they wait for it.
     both[1].join(120 if both[0].exitcode == 0 else 0)
     both[1].kill()
     both[1].join()
     return [process.exitcode for process in both], log.read_text()
+
+
+def _run_script(path, argv, environment):
+    torch.set_num_threads(1)
+    os.environ |= environment
+    sys.argv = [path, *argv]
+    runpy.run_path(path, run_name="__main__")
+
+
+def run_script(path, argv, count):
+    """Any script, on ``count`` gloo ranks; returns their exit codes."""
+    processes = [start(_run_script, str(path), [str(part) for part in argv], environment) for environment in ranks(count)]
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 def history(folder, step):
