@@ -134,6 +134,12 @@ def test_refused(texts, stopped, more, message):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_weights_alone_cannot_go_on(texts, tmp_path):
+    command = [*arguments(texts, tmp_path / "run"), "--max_steps", "3", "--save_only_model", "true"]
+    train(command)
+    assert "holds no state of the optimizer" in refuse([*command, "--resume_from_checkpoint", "true"])
+
+
 def test_an_incomplete_checkpoint_is_refused_by_name(stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
     checkpoints.unmark(tmp_path / "run" / "checkpoint-9")

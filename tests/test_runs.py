@@ -75,7 +75,7 @@ def test_a_causal_run(texts, tmp_path, seen):
     assert "auto_map" in json.loads((folder / "config.json").read_text())
     assert [point["tokens"] for point in figures["scaling"]] == [16, 32, 64]
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(model) is MultipoleForCausalLM and model.dtype == torch.float32
+    assert type(model) is MultipoleForCausalLM and model.dtype == torch.float32 and model.config.use_cache
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == 100
 
 
@@ -147,6 +147,8 @@ def test_source_text_and_lines(tmp_path, monkeypatch):
     [
         (["--fp16", "true"], "fp16"),
         (["--report_to", "trakio"], "trakio"),
+        (["--prediction_loss_only", "true"], "prediction_loss_only must be false"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor does not work"),
         (["--context_length", "4096"], "fewer than one block of 4096"),
         (["--length_warmup_steps", "3", "--length_warmup_start", "24"], "length_warmup_start is 24, but must be context_length 64 halved"),
         (["--streaming", "true", "--max_steps", "-1"], "give max_steps"),
@@ -166,6 +168,12 @@ def test_refused_before_anything_is_written(texts, tmp_path, more, message):
     line = str(caught.value.code)
     assert line.startswith("run_clm.py: ") and message in line and "\n" not in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_not_installed(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(SystemExit, match="run_clm.py: .*wandb"):
+        train(arguments(texts, tmp_path / "run", "--report_to", "wandb"))
 
 
 def test_refused_checkpoints(texts, stock, tmp_path):

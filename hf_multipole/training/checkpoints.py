@@ -12,7 +12,7 @@ from pathlib import Path
 MARKER = "complete.json"
 RUN = "run.json"
 # What a run leaves in its folder, as patterns.
-_TRACES = (RUN, "checkpoint-*", "figures.json", "config.json", "*.safetensors", "README.md")
+_TRACES = ("checkpoint-*", "figures.json", RUN, "config.json", "*.safetensors", "README.md")
 
 
 def write_json(path: Path, content) -> None:
@@ -95,18 +95,24 @@ def choose(folder: Path, request: str | None, note: Callable[[str], None]) -> Pa
             raise ValueError(f"{request} is not complete: writing it was interrupted{hint}")
         if wrong := damage(folder):
             raise ValueError(f"{request} is damaged: {wrong}{_previous(folder)}")
-        return folder
+        return _with_states(folder)
     if not (folder / RUN).is_file():
         raise ValueError(f"there is no run in {folder} to go on with; leave resume_from_checkpoint out to start one")
     for checkpoint in complete(folder):
         wrong = damage(checkpoint)
         if wrong is None:
-            return checkpoint
+            return _with_states(checkpoint)
         if str(request).lower() == "true":
             raise ValueError(f"{checkpoint} is damaged: {wrong}{_previous(checkpoint)}")
         note(f"{checkpoint} is passed over: {wrong}")
     note(f"{folder} has no complete checkpoint: the run starts from the beginning")
     return None
+
+
+def _with_states(checkpoint: Path) -> Path:
+    if not (checkpoint / "scheduler.pt").is_file():
+        raise ValueError(f"{checkpoint} holds no state of the optimizer (save_only_model): start anew from it as model_name_or_path")
+    return checkpoint
 
 
 def _previous(checkpoint: Path) -> str:
@@ -131,7 +137,7 @@ def claim(folder: Path, run: dict, resuming: bool) -> None:
                     f"{folder} was begun with {name} {known.get(name)!r}, not {value!r}: go on with the same, or start anew elsewhere"
                 )
         return
-    traces = sorted(path.name for pattern in _TRACES for path in folder.glob(pattern))
+    traces = [path.name for pattern in _TRACES for path in sorted(folder.glob(pattern))]
     if traces and not (known == run and traces == [RUN]):
         raise ValueError(
             f"output_dir {folder} holds another run ({traces[0]}): give another output_dir, or go on with that one by "

@@ -51,6 +51,8 @@ def run(script: str, masked: bool) -> None:
         # It may concern one process alone, whichever.
         sys.exit(f"{script}: {one_line(error)}")
     metrics = trainer.evaluate(given["held_out"], metric_key_prefix="test")
+    # Trainer turns it off, for training.
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = given["use_cache"]
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
         print(report(trainer, given, metrics))
@@ -87,6 +89,8 @@ def prepare(masked: bool):
     model = build_model(model_args, tokenizer, data_args.context_length, masked)
     if data_args.document_boundaries and not keeps_documents_apart(model):
         raise ValueError(f"{type(model).__name__} does not keep the documents of a row apart: set document_boundaries to false")
+    if args.label_smoothing_factor and isinstance(model.config, MultipoleConfig) and not masked:
+        raise ValueError("label_smoothing_factor does not work with causal multipole models: Trainer would not shift their labels")
     train, held_out, held_out_texts = build_rows(*texts, data_args, args, tokenizer)
     curve_rows = held_out.select(range(min(data_args.eval_rows, len(held_out))))
     lengths = {length: recut(curve_rows, length) for length in data_args.eval_context_lengths or ()}
@@ -95,25 +99,30 @@ def prepare(masked: bool):
     if run_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
     collators = [MaskingCollator(tokenizer, masking[0].mlm_probability, args.seed) for _ in range(2)] if masked else [collate, collate]
-    trainer = LanguageModelTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=curve_rows,
-        processing_class=tokenizer,
-        data_collator=collators[0],
-        eval_collator=collators[1],
-        eval_lengths=lengths,
-        callbacks=callbacks,
-        run_args=run_args,
-        context_length=data_args.context_length,
-        causal=not masked,
-    )
+    use_cache = getattr(model.config, "use_cache", False)
+    try:
+        trainer = LanguageModelTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=curve_rows,
+            processing_class=tokenizer,
+            data_collator=collators[0],
+            eval_collator=collators[1],
+            eval_lengths=lengths,
+            callbacks=callbacks,
+            run_args=run_args,
+            context_length=data_args.context_length,
+            causal=not masked,
+        )
+    except RuntimeError as error:
+        # A tracker that is not installed, or a device without room for the model.
+        raise ValueError(str(error)) from error
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.write_json(folder / checkpoints.RUN, identity)
     given = {"checkpoint": None if checkpoint is None else str(checkpoint), "held_out": held_out, "held_out_texts": held_out_texts}
-    return trainer, given | {"data_args": data_args}
+    return trainer, given | {"data_args": data_args, "use_cache": use_cache}
 
 
 def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArguments) -> None:
@@ -132,6 +141,9 @@ def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArgume
         raise ValueError(f"hub_strategy {args.hub_strategy.value} would upload pickled states: give end or every_save")
     if data_args.document_boundaries and args.use_cache:
         raise ValueError("document_boundaries need use_cache: false, for a cache hides where documents start")
+    for name, only in (("prediction_loss_only", False), ("batch_eval_metrics", False), ("eval_do_concat_batches", True)):
+        if getattr(args, name) is not only:
+            raise ValueError(f"{name} must be {str(only).lower()}: the figures are made of all tokens' losses")
     if args.device.type == "cpu" and (args.fp16 or args.fp16_full_eval):
         raise ValueError("fp16 needs a GPU, and this run has none: give bf16")
     output = Path(args.output_dir)
@@ -179,7 +191,9 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
             images["loss curve"] = "loss_curve.png"
             unit = "bits per byte" if causal else "bits per masked token"
             plot_curves({"this model": points}, baselines, folder / "loss_curve.png", unit)
-        if multipole and "multipole_attention" in model.config.layer_types and model.config._attn_implementation == "multipole":
+        # A sharded model runs on all processes or not at all.
+        whole = not trainer.is_fsdp_enabled
+        if whole and multipole and "multipole_attention" in model.config.layer_types and model.config._attn_implementation == "multipole":
             images["attention pattern"] = "attention.png"
             sample = torch.tensor([held_out[0]["input_ids"][:512]], device=trainer.args.device)
             plot_attention(model.eval(), sample, folder / "attention.png")

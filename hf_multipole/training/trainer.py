@@ -96,7 +96,8 @@ class LanguageModelTrainer(Trainer):
 
     def _figures(self, output: EvalPrediction) -> dict[str, float]:
         nats, predictions = output.predictions
-        return summarise(nats, predictions, output.label_ids, self._row_bytes, self.causal)
+        # An incomplete last batch may have been dropped.
+        return summarise(nats, predictions, output.label_ids, self._row_bytes[: len(nats)], self.causal)
 
     # Checkpoints
 
