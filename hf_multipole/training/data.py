@@ -8,8 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    DatasetInfo,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
 from datasets.exceptions import DatasetsError
+from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
@@ -153,10 +165,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end_of_text
             ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         ids = [np.concatenate([np.asarray(text, np.int32), np.asarray(end, np.int32)]) for text in ids]
         lengths = np.array([len(text) for text in ids])
-        total, starts = lengths.sum(), lengths.cumsum() - lengths
-        positions = np.arange(total) - np.repeat(starts, lengths)
-        weights = np.repeat([len(text) for text in data] / np.maximum(lengths, 1), lengths)
-        yield np.concatenate(ids), positions.astype(np.int32), weights.astype(np.float32)
+        starts = (lengths.cumsum() - lengths).astype(np.int32)
+        positions = np.arange(lengths.sum(), dtype=np.int32) - np.repeat(starts, lengths)
+        weights = [len(text) for text in data] / np.maximum(lengths, 1)
+        yield np.concatenate(ids), positions, np.repeat(weights.astype(np.float32), lengths)
 
 
 def blocks(
@@ -178,9 +190,14 @@ def blocks(
         rest = ids[whole:], positions[whole:], weights[whole:]
 
 
-def _features(block_length: int, boundaries: bool) -> Features:
-    kind = List(Value("int32"), length=block_length)
-    return Features({"input_ids": kind, "bytes": Value("float64")} | ({"position_ids": kind} if boundaries else {}))
+def _dataset(columns: dict[str, np.ndarray]) -> Dataset:
+    """Columns ``(rows,)`` or ``(rows, tokens)`` as a dataset in memory, without a copy through Python's objects."""
+    kinds = {name: Value("float64") if column.ndim == 1 else List(Value("int32"), column.shape[1]) for name, column in columns.items()}
+    arrays = {}
+    for name, column in columns.items():
+        flat = pyarrow.array(column.reshape(-1), kinds[name].pa_type if column.ndim == 1 else pyarrow.int32())
+        arrays[name] = flat if column.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, column.shape[1])
+    return Dataset(InMemoryTable(pyarrow.table(arrays)), DatasetInfo(features=Features(kinds)))
 
 
 def pack(
@@ -195,13 +212,11 @@ def pack(
 
     Raises ValueError where the texts do not fill one block.
     """
-    features = _features(block_length, boundaries)
     source = itertools.islice(blocks(tokenizer, texts, block_length, boundaries, end_of_text), max_blocks)
     parts = []
     with tqdm(desc="packing", unit=" blocks", total=max_blocks) as bar:
         while chunk := list(itertools.islice(source, max(1, _TOKENS // block_length))):
-            columns = {name: np.stack([block[name] for block in chunk]) for name in features}
-            parts.append(Dataset.from_dict(columns, features=features))
+            parts.append(_dataset({name: np.stack([block[name] for block in chunk]) for name in chunk[0]}))
             bar.update(len(chunk))
     if not parts:
         total = sum(len(ids) for ids, _, _ in encode(tokenizer, texts, end_of_text))
@@ -218,7 +233,7 @@ def recut(rows: Dataset, block_length: int) -> Dataset:
     columns["bytes"] = np.repeat(np.asarray(rows["bytes"]) / length, length)
     columns = {name: column[: count * block_length].reshape(count, block_length) for name, column in columns.items()}
     columns["bytes"] = columns["bytes"].sum(1)
-    return Dataset.from_dict(columns, features=_features(block_length, "position_ids" in columns))
+    return _dataset(columns)
 
 
 def hold_out(rows: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
