@@ -37,14 +37,14 @@ def test_killed_runs_go_on(texts, tmp_path, kind):
     train(arguments(texts, tmp_path / "whole", *options), masked)
     command = arguments(texts, tmp_path / "killed", *options)
     draw = random.Random(kind)
-    faults = [("step", draw.randrange(0, 3)), ("file", 6), ("step", draw.randrange(6, 9)), ("marker", 9)]
+    faults = [("step", draw.randrange(0, 3)), ("file", 6), ("step", draw.randrange(9, 12)), ("marker", 12)]
     more = []
     for number, (fault, at) in enumerate(faults):
         code, output = train_in_a_process(command + more, tmp_path / f"log-{number}", fault, at, masked)
         assert code == -signal.SIGKILL, output
         more = ["--resume_from_checkpoint", "true"]
-    assert [path.name for path in checkpoints.complete(tmp_path / "killed")] == ["checkpoint-6", "checkpoint-3"]
-    assert (tmp_path / "killed" / "checkpoint-9").is_dir()
+    assert [path.name for path in checkpoints.complete(tmp_path / "killed")] == ["checkpoint-9", "checkpoint-6"]
+    assert (tmp_path / "killed" / "checkpoint-12").is_dir()
     train(command + more, masked)
     same_run(tmp_path / "whole", tmp_path / "killed")
     assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2

@@ -35,10 +35,12 @@ def same_curve(one, other, step=12):
         assert left == pytest.approx(right, **CLOSE)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
-def test_two_processes_are_as_one(texts, tmp_path, masked):
-    train(arguments(texts, tmp_path / "one", *OPTIONS, "--gradient_accumulation_steps", "4", config=STILL), masked)
-    codes, output = train_in_two_processes(arguments(texts, tmp_path / "two", *OPTIONS, config=STILL), tmp_path / "log", masked=masked)
+@pytest.mark.parametrize("kind", ["causal", "masked", "streaming"])
+def test_two_processes_are_as_one(texts, tmp_path, kind):
+    masked = kind == "masked"
+    options = [*OPTIONS, *(["--streaming", "true", "--validation_file", texts] if kind == "streaming" else [])]
+    train(arguments(texts, tmp_path / "one", *options, "--gradient_accumulation_steps", "4", config=STILL), masked)
+    codes, output = train_in_two_processes(arguments(texts, tmp_path / "two", *options, config=STILL), tmp_path / "log", masked=masked)
     assert codes == [0, 0], output
     same_curve(tmp_path / "one", tmp_path / "two")
     figures = [json.loads((tmp_path / run / "figures.json").read_text())["metrics"] for run in ("one", "two")]

@@ -36,8 +36,9 @@ def test_every_configuration_is_valid_and_has_its_card(path, tmp_path):
 
 
 def test_the_command_does_not_tell_the_token():
-    assert command(["run.py", "--hub_token", "hf_x", "--a", "b c"]) == "python run.py --hub_token '***' --a 'b c'"
-    assert command(["run.py", "--hub_token=hf_x"]) == "python run.py '--hub_token=***'"
+    for name in ("--hub_token", "--hub-token"):
+        assert command(["run.py", name, "hf_x", "--a", "b c"]) == f"python run.py {name} '***' --a 'b c'"
+        assert command(["run.py", f"{name}=hf_x"]) == f"python run.py '{name}=***'"
 
 
 def test_the_curve_of_a_run_that_was_resumed():

@@ -30,7 +30,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 class MaskingCollator(DataCollatorForLanguageModeling):
     """Batches for masked language modelling. What is masked in a row depends on its tokens, the seed and the epoch alone: it is the
-    same after an interruption, and on any number of processes.
+    same after an interruption, and on any number of processes. A stream is one epoch, in which a row that comes again is masked as
+    before.
 
     tokenizer: with a mask token. probability: share of the tokens that are to be predicted.
     """

@@ -123,7 +123,7 @@ def _load_splits(args: DataArguments) -> tuple[Dataset | IterableDataset, Datase
 
 
 def _check(split, source: str, column: str):
-    """The split without rows that hold no text, and its column; raises where nothing is left."""
+    """The split and its column, once its first row has been seen to hold text."""
     first = next(iter(split), None)
     if first is None:
         raise ValueError(f"{source} is empty")
@@ -247,11 +247,13 @@ def hold_out(rows: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
 def stream(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | Texts, block_length: int, boundaries: bool, end_of_text: bool
 ) -> IterableDataset:
-    """The blocks of :func:`blocks`, made while they are read. Raises ValueError where there is not one."""
+    """The blocks of :func:`blocks`, made while they are read, again and again: Trainer's place in a stream, and its accumulation of
+    gradients, are right within one pass only. Raises ValueError where there is not one.
+    """
     if next(blocks(tokenizer, texts, block_length, boundaries, end_of_text), None) is None:
         raise ValueError(f"the text does not fill one block of {block_length} tokens; give more text or a smaller context_length")
     if isinstance(texts, list):
         # A list would be taken for shards, each packed by itself.
         texts = tuple(texts)
     arguments = {"tokenizer": tokenizer, "texts": texts, "block_length": block_length, "boundaries": boundaries, "end_of_text": end_of_text}
-    return IterableDataset.from_generator(blocks, gen_kwargs=arguments)
+    return IterableDataset.from_generator(blocks, gen_kwargs=arguments).repeat(None)

@@ -25,8 +25,12 @@ def curve(log_history: list[dict], causal: bool) -> list[dict[str, float]]:
 
 def command(argv: list[str]) -> str:
     """The command line of this run, without its token."""
-    shown = ["***" if before == "--hub_token" else part for before, part in zip(["", *argv], argv)]
-    shown = ["--hub_token=***" if part.startswith("--hub_token=") else part for part in shown]
+    shown, secret = [], False
+    for part in argv:
+        name, equals, _ = part.partition("=")
+        names_token = name.lstrip("-").replace("-", "_") == "hub_token"
+        shown.append("***" if secret else f"{name}=***" if names_token and equals else part)
+        secret = names_token and not equals
     return "python " + shlex.join(shown)
 
 
