@@ -134,6 +134,40 @@ def test_refused(texts, stopped, more, message):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_killed_after_the_last_step(texts, stopped, tmp_path):
+    """No step more is taken: what is left to do is to measure and to write."""
+    command = arguments(texts, tmp_path / "run")
+    code, output = train_in_a_process(command, tmp_path / "log", "end")
+    assert code == -signal.SIGKILL and not (tmp_path / "run" / "model.safetensors").exists(), output
+    train([*command, "--resume_from_checkpoint", "true"])
+    same_run(stopped / "whole", tmp_path / "run")
+    train([*command, "--resume_from_checkpoint", "true"])
+    same_run(stopped / "whole", tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint-13").exists()
+
+
+def test_patience_goes_on(texts, tmp_path):
+    """A model that learns nothing is stopped at the third evaluation, interrupted or not."""
+    options = [
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--save_steps",
+        "1",
+        "--learning_rate",
+        "0",
+        "--early_stopping_patience",
+        "2",
+    ]
+    command = arguments(texts, tmp_path / "run", *options)
+    code, output = train_in_a_process(command, tmp_path / "log", "step", 2)
+    assert code == -signal.SIGKILL, output
+    for _ in range(2):
+        train([*command, "--resume_from_checkpoint", "true"])
+        assert [path.name for path in checkpoints.complete(tmp_path / "run")] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+
+
 def test_weights_alone_cannot_go_on(texts, tmp_path):
     command = [*arguments(texts, tmp_path / "run"), "--max_steps", "3", "--save_only_model", "true"]
     train(command)

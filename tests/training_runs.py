@@ -71,6 +71,7 @@ def _train_with_a_fault(command, masked, fault, at, log, environment):
     torch.set_num_threads(1)
     os.environ |= environment
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    save_model = LanguageModelTrainer.save_model
     if fault == "step":
         step = LanguageModelTrainer.training_step
 
@@ -91,6 +92,10 @@ def _train_with_a_fault(command, masked, fault, at, log, environment):
     elif fault == "marker":
         write = checkpoints.write_json
         checkpoints.write_json = lambda path, content: _die() if f"checkpoint-{at}" in str(path) else write(path, content)
+    elif fault == "end":
+        LanguageModelTrainer.save_model = lambda self, *arguments, **options: (
+            save_model(self, *arguments, **options) if self.is_in_train else _die()
+        )
     elif fault == "full disk":
         # No file may grow beyond this: writing fails as it does on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import ByT5Tokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..modeling.configuration_multipole import MultipoleConfig
 from . import checkpoints
@@ -76,6 +76,7 @@ def prepare(masked: bool):
     folder = Path(args.output_dir)
     parts = [model_args, data_args, *masking]
     identity = {name: value for part in parts for name, value in dataclasses.asdict(part).items()} | {"seed": args.seed, "masked": masked}
+    identity |= {name: getattr(run_args, name) for name in ("length_warmup_steps", "length_warmup_start")}
     main = os.environ.get("RANK", "0") == "0"
     checkpoint = checkpoints.choose(folder, args.resume_from_checkpoint, print if main else lambda line: None)
     resuming = checkpoints.resumes(args.resume_from_checkpoint) and (checkpoint is None or checkpoint.parent.resolve() == folder.resolve())
@@ -98,6 +99,8 @@ def prepare(masked: bool):
     callbacks = []
     if run_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
+        # Its patience is part of the run, and goes on with it.
+        args.restore_callback_states_from_checkpoint = True
     collators = [MaskingCollator(tokenizer, masking[0].mlm_probability, args.seed) for _ in range(2)] if masked else [collate, collate]
     use_cache = getattr(model.config, "use_cache", False)
     try:
@@ -133,7 +136,7 @@ def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArgume
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError("streaming has no end that is known beforehand: give max_steps")
     if run_args.early_stopping_patience is not None:
-        if str(args.eval_strategy) == "IntervalStrategy.NO" or args.eval_strategy == "no":
+        if args.eval_strategy == IntervalStrategy.NO:
             raise ValueError("early_stopping_patience needs evaluations: give eval_strategy steps or epoch")
         if args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False

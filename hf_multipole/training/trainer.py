@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers.trainer
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import EvalPrediction, Trainer, TrainerCallback, configuration_utils
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
-from ..modeling.configuration_multipole import LAYER_TYPES, MultipoleConfig
+from ..modeling.configuration_multipole import MultipoleConfig
 from . import checkpoints
 from .arguments import RunArguments
 from .batches import MaskingCollator, shorten, warm_length
@@ -56,6 +57,15 @@ class LanguageModelTrainer(Trainer):
             self.add_callback(_MaskEachEpochAnew(self.data_collator))
 
     # Training
+
+    def _run_epoch(self, *arguments, **options):
+        patience = (callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback))
+        spent = any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in patience)
+        if spent or self.state.global_step >= self.state.max_steps:
+            # Interrupted after its last step: Trainer would take one more.
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         run = self.run_args
@@ -123,13 +133,13 @@ class LanguageModelTrainer(Trainer):
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # Trainer reads the version of a checkpoint with the base class of configurations, which refuses unknown kinds of layers.
-        known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
-        configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *LAYER_TYPES)
+        # Trainer reads the version of a checkpoint with the base class of configurations, which refuses our kinds of layers.
+        base = transformers.trainer.PreTrainedConfig
+        transformers.trainer.PreTrainedConfig = type(self.accelerator.unwrap_model(self.model).config)
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         finally:
-            configuration_utils.ALLOWED_ATTN_LAYER_TYPES = known
+            transformers.trainer.PreTrainedConfig = base
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
