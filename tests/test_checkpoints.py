@@ -21,6 +21,7 @@ def texts(tmp_path_factory):
 
 
 def same_run(one, other):
+    assert checkpoints.damage(one / "checkpoint-12") is checkpoints.damage(other / "checkpoint-12") is None
     assert history(one, 12) == history(other, 12)
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
@@ -176,7 +177,7 @@ def test_weights_alone_cannot_go_on(texts, tmp_path):
 
 def test_an_incomplete_checkpoint_is_refused_by_name(stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
-    checkpoints.unmark(tmp_path / "run" / "checkpoint-9")
+    (tmp_path / "run" / "checkpoint-9" / checkpoints.MARKER).unlink()
     with pytest.raises(ValueError, match="is not complete: .* the newest complete one is .*checkpoint-6"):
         checkpoints.choose(tmp_path / "run", str(tmp_path / "run" / "checkpoint-9"), print)
     assert checkpoints.choose(tmp_path / "run", "true", print).name == "checkpoint-6"

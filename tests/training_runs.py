@@ -91,7 +91,14 @@ def _train_with_a_fault(command, masked, fault, at, log, environment):
         torch.save = half
     elif fault == "marker":
         write = checkpoints.write_json
-        checkpoints.write_json = lambda path, content: _die() if f"checkpoint-{at}" in str(path) else write(path, content)
+
+        def half_a_marker(path, content):
+            if f"checkpoint-{at}" in str(path):
+                path.with_name(path.name + ".part").write_text("{")
+                _die()
+            write(path, content)
+
+        checkpoints.write_json = half_a_marker
     elif fault == "end":
         LanguageModelTrainer.save_model = lambda self, *arguments, **options: (
             save_model(self, *arguments, **options) if self.is_in_train else _die()

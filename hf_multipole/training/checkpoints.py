@@ -5,6 +5,7 @@ A checkpoint counts once its marker is there, which is written last and lists ev
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -43,9 +44,11 @@ def mark(folder: Path) -> None:
     write_json(folder / MARKER, {"files": files})
 
 
-def unmark(folder: Path) -> None:
-    """Before a checkpoint is written again."""
+def clear(folder: Path) -> None:
+    """Before a checkpoint is written: takes away what an interrupted one left at its place, the marker first."""
     (folder / MARKER).unlink(missing_ok=True)
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def damage(folder: Path) -> str | None:

@@ -117,7 +117,8 @@ class LanguageModelTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             if self.args.should_save:
-                checkpoints.unmark(folder)
+                checkpoints.clear(folder)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
