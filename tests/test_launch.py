@@ -70,7 +70,7 @@ def test_torchrun(texts, tmp_path):
     train(arguments(texts, tmp_path / "one", *few, "--per_device_train_batch_size", "2", config=STILL))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", ranks(1)[0]["MASTER_PORT"]]
     command += [str(ROOT / "scripts" / "run_clm.py"), *arguments(texts, tmp_path / "two", *few, config=STILL)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     same_curve(tmp_path / "one", tmp_path / "two", 4)
 
