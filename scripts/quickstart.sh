@@ -15,6 +15,13 @@ esac
 . scripts/environment.sh
 
 out=runs/quickstart
+# run_clm.py writes over no other run: what an earlier quickstart left makes room.
+for folder in "$out" "$out-near-only" "$out-full"; do
+    if [ -f "$folder/run.json" ] || [ -f "$folder/figures.json" ]; then
+        echo "Replacing $folder"
+        rm -r "$folder"
+    fi
+done
 python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out"
 if $compare; then
     python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out-near-only" --config_overrides '{far_bias_init: -10000}'

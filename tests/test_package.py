@@ -254,7 +254,7 @@ def test_the_models_that_the_quickstart_compares():
     assert len(overrides) == 3
     sizes = []
     for given in overrides:
-        arguments, _, _ = parse(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config_overrides", given])
+        arguments, *_ = parse(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config_overrides", given])
         model = MultipoleForCausalLM(MultipoleConfig(vocab_size=384, max_position_embeddings=4096, **arguments.config_overrides))
         sizes.append(model.num_parameters())
     assert max(sizes) <= 1.1 * min(sizes)

@@ -1,8 +1,12 @@
 """Checkpoints for the Hub: the files that run the model travel with the weights, so that nobody needs this package."""
 
 import os
+import time
+from pathlib import Path
 
-from transformers import PreTrainedModel
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 
 AUTO_MAP = {
@@ -13,16 +17,62 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_multipole.MultipoleForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_multipole.MultipoleForTokenClassification",
 }
+# Of the library that huggingface_hub speaks HTTP with: what goes wrong on the way to the server.
+NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+# Pickles, and what only training needs.
+_STAYS_HERE = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "checkpoint-*",
+    "_*",
+    "*.part",
+    "run.json",
+    "complete.json",
+    "trainer_state.json",
+    "runs/*",
+    "events.*",
+]
 
 
 def save_with_code(model: PreTrainedModel, folder: str | os.PathLike, **options) -> None:
-    """``model.save_pretrained(folder, **options)`` and the code, for ``from_pretrained(folder, trust_remote_code=True)``.
+    """``model.save_pretrained(folder, **options)`` and the code, for ``from_pretrained(folder, trust_remote_code=True)``."""
+    model.save_pretrained(folder, **options)
+    add_code(model, folder)
+
+
+def add_code(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Adds the code to a folder in which a multipole model was saved.
 
     Every head is entered, not only the one that is saved: a causal checkpoint can be loaded under another one.
     """
     model.config.auto_map = dict(AUTO_MAP)
     try:
-        model.save_pretrained(folder, **options)
+        model.config.save_pretrained(folder)
     finally:
         del model.config.auto_map
     custom_object_save(model, folder)
+
+
+def push(folder: Path, args: TrainingArguments, message: str, retries: int, wait: float = 1.0) -> str:
+    """Uploads a checkpoint folder, in safetensors, to ``args.hub_model_id`` (by default its output folder's name).
+
+    retries: how often it is tried again when the network or the Hub's server fails, each time after twice as many seconds.
+    Returns the address of the commit. Raises OSError when it fails for good.
+    """
+    api = HfApi(token=args.hub_token)
+    for left in range(retries, -1, -1):
+        try:
+            repo = api.create_repo(args.hub_model_id or Path(args.output_dir).absolute().name, private=args.hub_private_repo, exist_ok=True)
+            if args.hub_revision:
+                api.create_branch(repo.repo_id, branch=args.hub_revision, exist_ok=True)
+            options = {"revision": args.hub_revision, "commit_message": message, "ignore_patterns": _STAYS_HERE}
+            return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **options).commit_url
+        except NETWORK_ERRORS as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+            # What the server refuses, it will refuse again.
+            if left == 0 or (status < 500 and status != 429):
+                raise OSError(f"the upload to the Hub failed: {error}") from error
+            time.sleep(wait)
+            wait *= 2
+    raise AssertionError

@@ -1,0 +1,78 @@
+"""The tokenizer and the model that a run starts from."""
+
+import dataclasses
+import inspect
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .arguments import ModelArguments, check_names
+
+
+def build_tokenizer(args: ModelArguments, masked: bool) -> PreTrainedTokenizerBase:
+    """The named tokenizer, the checkpoint's, or bytes. Raises ValueError where it has no mask token and ``masked`` asks for one."""
+    source = args.tokenizer_name or args.model_name_or_path
+    if not source:
+        # One of the ids that ByT5 itself masks with.
+        return ByT5Tokenizer(**{"mask_token": "<extra_id_0>"} if masked else {})
+    revision = None if args.tokenizer_name else args.model_revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise OSError(f"there is no tokenizer {source}: {error}") from error
+    if masked and tokenizer.mask_token is None:
+        raise ValueError(f"the tokenizer {source} has no mask token, which masked language modelling needs; give another tokenizer_name")
+    return tokenizer
+
+
+def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context_length: int, masked: bool) -> PreTrainedModel:
+    """The checkpoint, or a new model of that configuration, with its head for next or for masked tokens.
+
+    Raises ValueError and OSError for a checkpoint that does not exist or does not fit the tokenizer.
+    """
+    auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    options = {"dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if args.model_name_or_path:
+        options |= {"revision": args.model_revision or "main", "trust_remote_code": args.trust_remote_code}
+        try:
+            model = auto_class.from_pretrained(args.model_name_or_path, **options)
+        except OSError as error:
+            raise OSError(f"there is no checkpoint {args.model_name_or_path}: {error}") from error
+    else:
+        if args.dtype == "auto":
+            raise ValueError("dtype auto is the dtype of a checkpoint; a new model needs one by name")
+        config_class = CONFIG_MAPPING[args.model_type]
+        values = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        values |= {"vocab_size": len(tokenizer), "max_position_embeddings": context_length}
+        if masked:
+            values["is_causal"] = False
+        known = {field.name for field in dataclasses.fields(config_class)}
+        config = config_class(**{name: value for name, value in values.items() if name in known} | args.config_overrides)
+        model = auto_class.from_config(config, **options)
+    if model.dtype == torch.float16:
+        raise ValueError("parameters in float16 are too coarse for training: give dtype float32 (and fp16 for mixed precision)")
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {size}: give the model's own tokenizer"
+        )
+    return converted(model, args.convert) if args.convert else model
+
+
+def converted(model: PreTrainedModel, options: dict) -> PreTrainedModel:
+    """The model with another kind of attention: the ``convert`` section of a configuration."""
+    from .. import convert
+
+    options = {"kind": "multipole"} | options
+    check_names(options, inspect.signature(convert).parameters, "convert")
+    return convert(model, **options)

@@ -1,0 +1,236 @@
+"""One training run: what run_clm.py and run_mlm.py share."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from transformers import ByT5Tokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
+
+from ..modeling.configuration_multipole import MultipoleConfig
+from . import checkpoints
+from .arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
+from .batches import MaskingCollator, collate, keeps_documents_apart
+from .data import first_files, hold_out, load_texts, pack, recut, stream
+from .hub import NETWORK_ERRORS, add_code, push
+from .metrics import compression_baselines
+from .models import build_model, build_tokenizer
+from .report import command, curve, measure_scaling, plot_attention, plot_curves, plot_scaling, write_card
+from .trainer import CheckpointError, LanguageModelTrainer
+
+# What a user can put right: told in one line. Anything else is our own mistake, and shows its traceback.
+BAD_INPUT = (ValueError, ImportError, StrictDataclassError, HFValidationError, *NETWORK_ERRORS)
+
+
+def one_line(error: BaseException) -> str:
+    # A configuration's own error is the cause of the one that its class raises.
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def fail(script: str, error: BaseException) -> None:
+    """Ends the process with one line; of several processes, which all fail alike, the first one writes it."""
+    sys.exit(f"{script}: {one_line(error)}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def run(script: str, masked: bool) -> None:
+    """The whole of a training script: arguments from the command line, training, figures, model card, upload."""
+    try:
+        trainer, given = prepare(masked)
+    except BAD_INPUT as error:
+        fail(script, error)
+    try:
+        trainer.train(resume_from_checkpoint=given["checkpoint"])
+    except CheckpointError as error:
+        # It may concern one process alone, whichever.
+        sys.exit(f"{script}: {one_line(error)}")
+    metrics = trainer.evaluate(given["held_out"], metric_key_prefix="test")
+    # Trainer turns it off, for training.
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = given["use_cache"]
+    trainer.save_model(_internal_call=True)
+    if trainer.is_world_process_zero():
+        print(report(trainer, given, metrics))
+        if trainer.args.push_to_hub:
+            try:
+                print(push(Path(trainer.args.output_dir), trainer.args, "End of training", trainer.run_args.hub_retries))
+            except OSError as error:
+                sys.exit(f"{script}: {one_line(error)}; the trained model is in {trainer.args.output_dir}")
+    # Nobody leaves while another one still needs the connection.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def prepare(masked: bool):
+    """The trainer, and what the report needs. Everything that can be refused is refused here, before a step is taken or a file
+    is written.
+    """
+    kinds = (ModelArguments, DataArguments, RunArguments, TrainingArguments, *((MaskingArguments,) if masked else ()))
+    model_args, data_args, run_args, args, *masking = parse(kinds=kinds)
+    check(data_args, run_args, args)
+    folder = Path(args.output_dir)
+    parts = [model_args, data_args, *masking]
+    identity = {name: value for part in parts for name, value in dataclasses.asdict(part).items()} | {"seed": args.seed, "masked": masked}
+    identity |= {name: getattr(run_args, name) for name in ("length_warmup_steps", "length_warmup_start")}
+    main = os.environ.get("RANK", "0") == "0"
+    checkpoint = checkpoints.choose(folder, args.resume_from_checkpoint, print if main else lambda line: None)
+    resuming = checkpoints.resumes(args.resume_from_checkpoint) and (checkpoint is None or checkpoint.parent.resolve() == folder.resolve())
+    checkpoints.claim(folder, identity, resuming)
+
+    texts = load_texts(data_args)
+    if texts[1] is None and data_args.streaming:
+        raise ValueError("streaming needs held-out text of its own: give validation_split_name or validation_file")
+    set_seed(args.seed)
+    tokenizer = build_tokenizer(model_args, masked)
+    model = build_model(model_args, tokenizer, data_args.context_length, masked)
+    if data_args.document_boundaries and not keeps_documents_apart(model):
+        raise ValueError(f"{type(model).__name__} does not keep the documents of a row apart: set document_boundaries to false")
+    if args.label_smoothing_factor and isinstance(model.config, MultipoleConfig) and not masked:
+        raise ValueError("label_smoothing_factor does not work with causal multipole models: Trainer would not shift their labels")
+    train, held_out, held_out_texts = build_rows(*texts, data_args, args, tokenizer)
+    curve_rows = held_out.select(range(min(data_args.eval_rows, len(held_out))))
+    lengths = {length: recut(curve_rows, length) for length in data_args.eval_context_lengths or ()}
+
+    callbacks = []
+    if run_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
+        # Its patience is part of the run, and goes on with it.
+        args.restore_callback_states_from_checkpoint = True
+    collators = [MaskingCollator(tokenizer, masking[0].mlm_probability, args.seed) for _ in range(2)] if masked else [collate, collate]
+    use_cache = getattr(model.config, "use_cache", False)
+    try:
+        trainer = LanguageModelTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=curve_rows,
+            processing_class=tokenizer,
+            data_collator=collators[0],
+            eval_collator=collators[1],
+            eval_lengths=lengths,
+            callbacks=callbacks,
+            run_args=run_args,
+            context_length=data_args.context_length,
+            causal=not masked,
+        )
+    except RuntimeError as error:
+        # A tracker that is not installed, or a device without room for the model.
+        raise ValueError(str(error)) from error
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(folder / checkpoints.RUN, identity)
+    given = {"checkpoint": None if checkpoint is None else str(checkpoint), "held_out": held_out, "held_out_texts": held_out_texts}
+    return trainer, given | {"data_args": data_args, "use_cache": use_cache}
+
+
+def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArguments) -> None:
+    """What concerns several kinds of arguments at once. Raises ValueError."""
+    full, start = data_args.context_length, run_args.length_warmup_start
+    if run_args.length_warmup_steps and (start > full or full % start or (full // start).bit_count() != 1):
+        raise ValueError(f"length_warmup_start is {start}, but must be context_length {full} halved some times")
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("streaming has no end that is known beforehand: give max_steps")
+    if run_args.early_stopping_patience is not None:
+        if args.eval_strategy == IntervalStrategy.NO:
+            raise ValueError("early_stopping_patience needs evaluations: give eval_strategy steps or epoch")
+        if args.metric_for_best_model is None:
+            args.metric_for_best_model, args.greater_is_better = "loss", False
+    if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        raise ValueError(f"hub_strategy {args.hub_strategy.value} would upload pickled states: give end or every_save")
+    if data_args.document_boundaries and args.use_cache:
+        raise ValueError("document_boundaries need use_cache: false, for a cache hides where documents start")
+    for name, only in (("prediction_loss_only", False), ("batch_eval_metrics", False), ("eval_do_concat_batches", True)):
+        if getattr(args, name) is not only:
+            raise ValueError(f"{name} must be {str(only).lower()}: the figures are made of all tokens' losses")
+    if args.device.type == "cpu" and (args.fp16 or args.fp16_full_eval):
+        raise ValueError("fp16 needs a GPU, and this run has none: give bf16")
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file")
+
+
+def build_rows(
+    texts: Iterable[str], held_out_texts: Iterable[str] | None, data_args: DataArguments, args: TrainingArguments, tokenizer
+) -> tuple[Dataset, Dataset, list[str]]:
+    """Training rows, held-out rows, and the held-out texts where there are some of a byte-level model."""
+    length, held_rows = data_args.context_length, data_args.eval_rows + data_args.test_rows
+    options = {"boundaries": data_args.document_boundaries, "end_of_text": data_args.rows_are_documents}
+    if held_out_texts is None:
+        train, held_out = hold_out(pack(tokenizer, texts, length, **options), data_args.validation_split_percentage)
+        return train, held_out.select(range(min(held_rows, len(held_out)))), []
+    if isinstance(tokenizer, ByT5Tokenizer):
+        held_out_texts = first_files(held_out_texts, held_rows * length)
+    if data_args.streaming:
+        train = stream(tokenizer, texts, length, **options)
+    else:
+        rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        train = pack(tokenizer, texts, length, rows if rows > 0 else None, **options)
+    held_out = pack(tokenizer, held_out_texts, length, held_rows, **options)
+    return train, held_out, held_out_texts if isinstance(held_out_texts, list) else []
+
+
+def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]) -> str:
+    """Writes figures, plots and the model card beside the weights; returns the line that sums them up."""
+    folder, causal, data_args, held_out = Path(trainer.args.output_dir), trainer.causal, given["data_args"], given["held_out"]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    multipole = isinstance(model.config, MultipoleConfig)
+    if multipole:
+        add_code(model, folder)
+    names = ("bits_per_byte", "perplexity", "token_accuracy") if causal else ("loss", "perplexity", "masked_accuracy")
+    figures = {name: metrics[f"test_{name}"] for name in names}
+    baselines = compression_baselines(given["held_out_texts"]) if causal and given["held_out_texts"] else {}
+    points = curve(trainer.state.log_history, causal)
+    record = {"parameters": model.num_parameters(), "metrics": figures, "curve": points}
+    if causal:
+        record["bits_per_byte"] = {"this model": figures["bits_per_byte"]} | baselines
+    images = {}
+    if find_spec("matplotlib"):
+        if points:
+            images["loss curve"] = "loss_curve.png"
+            unit = "bits per byte" if causal else "bits per masked token"
+            plot_curves({"this model": points}, baselines, folder / "loss_curve.png", unit)
+        # A sharded model runs on all processes or not at all.
+        whole = not trainer.is_fsdp_enabled
+        if whole and multipole and "multipole_attention" in model.config.layer_types and model.config._attn_implementation == "multipole":
+            images["attention pattern"] = "attention.png"
+            sample = torch.tensor([held_out[0]["input_ids"][:512]], device=trainer.args.device)
+            plot_attention(model.eval(), sample, folder / "attention.png")
+            images["time against context length"] = "scaling.png"
+            record["scaling"] = measure_scaling(model, data_args.context_length)
+            plot_scaling(record["scaling"], folder / "scaling.png")
+    else:
+        print("no plots were drawn: install hf_multipole[plot] for them")
+    checkpoints.write_json(folder / "figures.json", record)
+    data = "the source text of Python's standard library" if data_args.train_folder == "stdlib" else data_args.train_folder
+    data = data or " ".join(filter(None, [data_args.dataset_name, data_args.dataset_config_name])) or ", ".join(data_args.train_file)
+    card = {
+        "title": folder.name,
+        "causal": causal,
+        "multipole": multipole or bool(getattr(model.config, "multipole", None)),
+        "code": multipole,
+        "data": data,
+        "dataset": data_args.dataset_name if data_args.dataset_name and not Path(data_args.dataset_name).exists() else None,
+        "configuration": {"parameters": f"{model.num_parameters():,}", "context length": data_args.context_length}
+        | {name: value for name, value in model.config.to_diff_dict().items() if isinstance(value, int | float | str | bool)}
+        | {
+            "steps": trainer.state.global_step,
+            "rows a step": trainer.args.train_batch_size * trainer.args.world_size * trainer.args.gradient_accumulation_steps,
+            "learning rate": trainer.args.learning_rate,
+            "seed": trainer.args.seed,
+        },
+        "command": command(sys.argv),
+        "metrics": figures,
+        "baselines": baselines,
+        "curve": points,
+        "images": images,
+    }
+    write_card(folder / "README.md", card)
+    if not causal:
+        return f"{folder}: masked accuracy {figures['masked_accuracy']:.3f}, loss {figures['loss']:.3f} on held-out text"
+    others = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
+    return f"{folder}: {figures['bits_per_byte']:.3f} bits per byte on held-out files" + (f" ({others})" if others else "")

@@ -1,0 +1,163 @@
+"""Trainer for language models: contexts that grow, exact figures, checkpoints that are complete or do not count."""
+
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers.trainer
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+
+from ..modeling.configuration_multipole import MultipoleConfig
+from . import checkpoints
+from .arguments import RunArguments
+from .batches import MaskingCollator, shorten, warm_length
+from .hub import add_code, push
+from .metrics import row_figures, summarise
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+class _MaskEachEpochAnew(TrainerCallback):
+    def __init__(self, collator: MaskingCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # The epoch is a fraction in the middle of one, where a run goes on.
+        self.collator.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class LanguageModelTrainer(Trainer):
+    """Trainer for packed rows of one length.
+
+    Takes the arguments of Trainer, and:
+        run_args: length warm-up and retries of uploads.
+        context_length: tokens of a training row.
+        causal: whether the labels are next tokens or masked ones.
+        eval_lengths: held-out rows by context length, measured besides ``eval_dataset``.
+        eval_collator: makes the batches that figures are measured on; by default as in training.
+    """
+
+    def __init__(self, *, run_args: RunArguments, context_length: int, causal: bool, eval_lengths=None, eval_collator=None, **options):
+        super().__init__(
+            **options,
+            preprocess_logits_for_metrics=lambda logits, labels: row_figures(_first(logits), labels, causal),
+            compute_metrics=lambda output: self._figures(output),
+        )
+        self.run_args, self.context_length, self.causal = run_args, context_length, causal
+        self.eval_lengths, self.eval_collator = eval_lengths or {}, eval_collator or self.data_collator
+        self._row_bytes = None
+        if isinstance(self.data_collator, MaskingCollator):
+            self.add_callback(_MaskEachEpochAnew(self.data_collator))
+
+    # Training
+
+    def _run_epoch(self, *arguments, **options):
+        patience = (callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback))
+        spent = any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in patience)
+        if spent or self.state.global_step >= self.state.max_steps:
+            # Interrupted after its last step: Trainer would take one more.
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        run = self.run_args
+        if self.state.global_step < run.length_warmup_steps:
+            length = warm_length(self.state.global_step, run.length_warmup_steps, run.length_warmup_start, self.context_length)
+            epoch_iterator = map(functools.partial(shorten, length=length), epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training = self.data_collator
+        self.data_collator = self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix="eval"):
+        self._row_bytes = np.asarray((eval_dataset or self.eval_dataset)["bytes"])
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None:
+            for length, rows in self.eval_lengths.items():
+                self._row_bytes = np.asarray(rows["bytes"])
+                loader = self.get_eval_dataloader(rows)
+                output = self.evaluation_loop(loader, f"Evaluation at {length}", metric_key_prefix=f"{metric_key_prefix}_{length}")
+                self.log(output.metrics)
+                metrics |= output.metrics
+        return metrics
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # Trainer's own is a mean over rows, which may have unlike numbers of labels.
+        exact = output.metrics.pop(f"{metric_key_prefix}_mean_loss", None)
+        if exact is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = exact
+        return output
+
+    def _figures(self, output: EvalPrediction) -> dict[str, float]:
+        nats, predictions = output.predictions
+        # An incomplete last batch may have been dropped.
+        return summarise(nats, predictions, output.label_ids, self._row_bytes[: len(nats)], self.causal)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # Trainer removes old checkpoints before the new one is complete: that waits until it is.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.args.should_save:
+                checkpoints.clear(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.mark(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = next(iter(checkpoints.complete(folder.parent)), None)
+            rest = f"the newest complete one is {last}" if last else "there is no complete one yet"
+            free = shutil.disk_usage(folder.parent).free / 1e6
+            raise CheckpointError(f"{folder} could not be written, with {free:.0f} MB free: {_line(error)}; {rest}") from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # Trainer reads the version of a checkpoint with the base class of configurations, which refuses our kinds of layers.
+        base = transformers.trainer.PreTrainedConfig
+        transformers.trainer.PreTrainedConfig = type(self.accelerator.unwrap_model(self.model).config)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            transformers.trainer.PreTrainedConfig = base
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            model = self.accelerator.unwrap_model(self.model)
+            if isinstance(model.config, MultipoleConfig):
+                add_code(model, checkpoint_folder)
+            try:
+                push(Path(checkpoint_folder), self.args, f"Training, step {self.state.global_step}", self.run_args.hub_retries)
+            except OSError as error:
+                # Training goes on: the last upload, at the end, is the one that counts.
+                print(f"the checkpoint of step {self.state.global_step} was not uploaded: {_line(error)}")
+
+
+def _first(logits) -> torch.Tensor:
+    """The logits, where a model returns more than them."""
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
