@@ -22,6 +22,7 @@ from .modeling.modeling_multipole import (
     MultipoleModel,
 )
 from .modeling.multipole_attention import multipole_attention
+from .modeling.tensor_attention import tensor_attention
 
 __version__ = "0.1.0"
 
@@ -45,4 +46,5 @@ __all__ = [
     "MultipoleForTokenClassification",
     "MultipoleModel",
     "multipole_attention",
+    "tensor_attention",
 ]

@@ -25,6 +25,7 @@ _LOGITS_PER_THREAD = 2**18
 _LOGITS_ON_DEVICE = 2**26
 _COLUMNS = 512
 _ROWS = 512
+_TUPLES = 2048
 
 
 class _Rule(NamedTuple):
@@ -104,7 +105,7 @@ class _Rows:
         self.row_keys, self.row_values = (F.pad(x[:-1], (0, 0, self.pad, self.pad)) for x in (keys, values))
         # A masked product of 0 and not-a-number is not-a-number: one query at a time sees what it sees, and nothing is masked.
         rows = self.row_windows[-1] if self.row_windows else 1
-        self.block = max(16, min(_ROWS // rows, self.window // 8)) if finite else 1
+        self.block = max(16, min(_ROWS // rows, max(64, self.window // 8))) if finite else 1
         self.logits = _logits_at_once(q.device)
         self.buffers = {}
 
@@ -260,56 +261,60 @@ def _backward_by_rows(grad, inner, lse, q, keys, values, rule: _Rule, finite: bo
     return grad_q, grad_keys, torch.cat([grad_row_values[:, :, real], grad_values[None]])
 
 
-def _backward_by_tuples(grad, inner, lse, q, keys, values, rule: _Rule):
-    """The same where no index has a window.
+def _in_box(x, box) -> list[torch.Tensor]:
+    """The tokens of each side of a box, one dimension a side: ``(groups, 1, ..., tokens, ..., 1, dim)``."""
+    sides = range(len(box))
+    return [x[a][:, slice(*box[a])][(slice(None), *(slice(None) if b == a else None for b in sides))] for a in sides]
+
+
+def _shells(first: int, n: int, indices: int, causal: bool):
+    """All tuples of tokens, as products of ranges, with the first query that sees them and the last that may not see all of them.
 
     Causal: tuples whose latest token lies in the same short block are seen by the same queries, but for those in the block.
     """
-    (groups, repeats, queries, dim), (indices, _, n, value_dim) = q.shape, values.shape
-    first = n - queries
-    grad_q, grad_keys, grad_values = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    logits = _logits_at_once(q.device)
-    step = max(16, min(128, n // 32))
+    if not causal:
+        yield [(0, n)] * indices, first, first
+        return
     # Tokens before the first query are seen by all of them.
-    edges = sorted({0, first, *range(first, n, step), n}) if rule.causal else [0, n]
-    buffers = q.new_empty(2, groups * repeats * _ROWS * max(1, logits // (groups * repeats * _ROWS)))
+    edges = sorted({0, first, *range(first, n, max(16, min(128, n // 32))), n})
     for low, high in itertools.pairwise(edges):
-        earliest = max(low, first) if rule.causal else first
-        size = min(_ROWS, n - earliest)
-        volume = min(2048, max(1, buffers.shape[1] // (groups * repeats * size)))
         # By the first index that lies in the block: those before it lie before the block.
         for i in range(indices):
-            ranges = [(0, low)] * i + [(low, high)] + [(0, high)] * (indices - 1 - i)
-            for box in _boxes(ranges, volume):
-                places = [[groups, *(stop - start if a == b else 1 for b in range(indices)), -1] for a, (start, stop) in enumerate(box)]
-                key_factors, value_factors = (
-                    [x[a, :, start:stop].reshape(place) for a, ((start, stop), place) in enumerate(zip(box, places))] for x in (keys, values)
-                )
-                keys_of, values_of = (_product(f).reshape(groups, -1, f[0].shape[-1]) for f in (key_factors, value_factors))
-                grad_k, grad_v = torch.zeros_like(keys_of), torch.zeros_like(values_of)
-                for start in range(earliest, n, size):
-                    stop = min(n, start + size)
-                    of_queries = slice(start - first, stop - first)
-                    x, upper = (t[:, :, of_queries].reshape(groups, -1, t.shape[-1]) for t in (q, grad))
-                    shift, center = (t[:, :, of_queries].reshape(groups, -1, 1) for t in (lse, inner))
-                    shape = (groups, x.shape[1], keys_of.shape[1])
-                    weights, slope = (buffer[: torch.Size(shape).numel()].view(shape) for buffer in buffers)
-                    torch.baddbmm(-shift, x, keys_of.mT, alpha=rule.scale, out=weights).exp_()
-                    if rule.causal and start < high - 1:
-                        own = torch.arange(start, min(stop, high), device=q.device)
-                        latest = reduce(
-                            torch.maximum,
-                            (torch.arange(*side, device=q.device).view(place[1:-1]) for side, place in zip(box, places)),
-                        )
-                        weights.view(groups, repeats, stop - start, -1)[:, :, : len(own)].masked_fill_(latest.flatten() > own[:, None], 0)
-                    grad_v.baddbmm_(weights.mT, upper)
-                    torch.baddbmm(-center, upper, values_of.mT, out=slope).mul_(weights)
-                    grad_k.baddbmm_(slope.mT, x, alpha=rule.scale)
-                    grad_q[:, :, of_queries].add_(torch.bmm(slope, keys_of).view(groups, repeats, -1, dim), alpha=rule.scale)
-                for total, part, factors in ((grad_keys, grad_k, key_factors), (grad_values, grad_v, value_factors)):
-                    part = part.view(groups, *(stop - start for start, stop in box), -1)
-                    for a, (of_index, (start, stop)) in enumerate(zip(_gradients(part, factors), box)):
-                        total[a, :, start:stop] += of_index.reshape(groups, stop - start, -1)
+            yield [(0, low)] * i + [(low, high)] + [(0, high)] * (indices - 1 - i), max(low, first), max(first, high - 1)
+
+
+def _backward_by_tuples(grad, inner, lse, q, keys, values, rule: _Rule):
+    """The same where no index has a window: tuples of tokens against queries."""
+    (groups, repeats, queries, dim), (indices, _, n, _) = q.shape, keys.shape
+    first = n - queries
+    grad_q, grad_keys, grad_values = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+    logits = max(groups * repeats * _ROWS, _logits_at_once(q.device))
+    buffers = q.new_empty(2, logits)
+    for ranges, earliest, complete in _shells(first, n, indices, rule.causal):
+        size = min(_ROWS, n - earliest)
+        for box in _boxes(ranges, max(1, min(_TUPLES, logits // (groups * repeats * size)))):
+            key_factors, value_factors = _in_box(keys, box), _in_box(values, box)
+            k, v = (_product(factors).flatten(1, -2) for factors in (key_factors, value_factors))
+            grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+            for start in range(earliest, n, size):
+                asking = slice(start - first, min(n, start + size) - first)
+                x, upper = (t[:, :, asking].reshape(groups, -1, t.shape[-1]) for t in (q, grad))
+                shift, center = (t[:, :, asking].reshape(groups, -1, 1) for t in (lse, inner))
+                shape = (groups, x.shape[1], k.shape[1])
+                weights, slope = (buffer[: torch.Size(shape).numel()].view(shape) for buffer in buffers)
+                torch.baddbmm(-shift, x, k.mT, alpha=rule.scale, out=weights).exp_()
+                if start < complete:
+                    early = torch.arange(start, min(complete, start + size), device=q.device)
+                    latest = torch.stack(torch.meshgrid(*(torch.arange(*side, device=q.device) for side in box), indexing="ij")).amax(0)
+                    weights.unflatten(1, (repeats, -1))[:, :, : len(early)].masked_fill_(latest.flatten() > early[:, None], 0)
+                grad_v.baddbmm_(weights.mT, upper)
+                torch.baddbmm(-center, upper, v.mT, out=slope).mul_(weights)
+                grad_k.baddbmm_(slope.mT, x, alpha=rule.scale)
+                grad_q[:, :, asking].add_(torch.bmm(slope, k).view(groups, repeats, -1, dim), alpha=rule.scale)
+            sides = [stop - start for start, stop in box]
+            for total, part, factors in ((grad_keys, grad_k, key_factors), (grad_values, grad_v, value_factors)):
+                for of_index, place, side in zip(_gradients(part.unflatten(1, sides), factors), total, box):
+                    place[:, slice(*side)] += of_index.flatten(1, -2)
     return grad_q, grad_keys, grad_values
 
 
