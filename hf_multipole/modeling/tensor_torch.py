@@ -9,6 +9,7 @@ all keys and values then follow from those of the products. Logits stay in the c
 """
 
 import itertools
+import math
 from functools import reduce
 from typing import NamedTuple
 
@@ -20,8 +21,8 @@ from .multipole_torch import dropout_factors
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
 
-# Logits computed at once: 1 MiB of float32 a CPU thread, which stays in its cache; on other devices, enough to fill them.
-_LOGITS_PER_THREAD = 2**18
+# Logits computed at once: 2 MiB of float32 a CPU thread, which stays near it; on other devices, enough to fill them.
+_LOGITS_PER_THREAD = 2**19
 _LOGITS_ON_DEVICE = 2**26
 _COLUMNS = 512
 _ROWS = 512
@@ -65,17 +66,19 @@ def _logits_at_once(device: torch.device) -> int:
 
 
 def _boxes(ranges: list[tuple[int, int]], volume: int):
-    """The product of ranges (start, stop) in boxes of at most ``volume`` elements: the longest side is halved until they are."""
+    """The product of ranges (start, stop) in boxes of at most ``volume`` elements: the longest side is cut until they are."""
     sides = [stop - start for start, stop in ranges]
-    if min(sides) == 0:
-        return
     longest = max(range(len(sides)), key=sides.__getitem__)
-    if reduce(int.__mul__, sides) <= volume or sides[longest] == 1:
-        yield ranges
-        return
     start, stop = ranges[longest]
-    for half in ((start, (start + stop) // 2), ((start + stop) // 2, stop)):
-        yield from _boxes([*ranges[:longest], half, *ranges[longest + 1 :]], volume)
+    others = math.prod(sides) // max(1, sides[longest])
+    parts = min(sides[longest], max(2, -(-sides[longest] * others // volume))) if others <= volume else 2
+    if math.prod(sides) <= volume or sides[longest] == 1:
+        if min(sides):
+            yield ranges
+        return
+    edges = [start + (stop - start) * i // parts for i in range(parts + 1)]
+    for part in itertools.pairwise(edges):
+        yield from _boxes([*ranges[:longest], part, *ranges[longest + 1 :]], volume)
 
 
 def _product(factors: list[torch.Tensor]) -> torch.Tensor:
@@ -154,14 +157,19 @@ class _Rows:
         total[:, first : first + grad.shape[1]] += grad
 
     def hidden_rows(self, start: int, stop: int, rows) -> torch.Tensor | None:
-        """``(block, width)`` bool."""
+        """``(block, width)`` bool, or None where all queries see all of their rows."""
         hidden = None
         queries = torch.arange(start, stop, device=self.q.device)[:, None]
         for span, window in zip(rows, self.row_windows):
-            positions = torch.arange(span.first, span.first + span.width, device=self.q.device)
-            positions = positions + (queries - start) * span.moves
-            of_span = _hidden(queries, positions, self.n, window, self.rule.causal)
-            hidden = of_span if hidden is None else hidden | of_span
+            last = span.first + span.width - 1
+            if span.moves:
+                seen = span.first >= 0 and last + stop - start - 1 < self.n
+            else:
+                seen = span.first > stop - 1 - window and last < start + (1 if self.rule.causal else window)
+            if not seen:
+                positions = torch.arange(span.first, last + 1, device=self.q.device) + (queries - start) * span.moves
+                of_span = _hidden(queries, positions, self.n, window, self.rule.causal)
+                hidden = of_span if hidden is None else hidden | of_span
         return hidden
 
     def hide_columns(self, x: torch.Tensor, start: int, stop: int, low: int, high: int, value: float) -> None:
@@ -196,23 +204,22 @@ def _forward(q, keys, values, rule: _Rule, finite: bool) -> tuple[torch.Tensor, 
         x = _product(work.rows_of(q, work.row_keys, start, stop, rows)).reshape(work.groups, -1, q.shape[-1])
         logits = work.buffer("logits", *x.shape[:2], high - low)
         torch.baddbmm(logits, x, work.keys[:, low:high].mT, beta=0, alpha=rule.scale, out=logits)
+        hidden = work.hidden_rows(start, stop, rows)
+        if hidden is not None:
+            logits.view(*shape, -1).masked_fill_(hidden[..., None], least)
         work.hide_columns(logits.view(*shape, -1), start, stop, low, high, least)
-        # The largest weight is 1 / sum(exp(logit - the largest logit)).
-        largest = logits.amax(-1)
-        weights = torch.softmax(logits, -1, out=logits)
-        row_lse = (largest - weights.amax(-1).log()).view(shape)
-        factors = work.factors(weights.shape)
+        # One softmax a query, over rows and columns. Its largest weight is 1 / sum(exp(logit - the largest logit)).
+        together = logits.view(work.groups, work.repeats, stop - start, -1)
+        part_lse = together.amax(-1)
+        torch.softmax(together, -1, out=together)
+        part_lse -= together.amax(-1).log_()
+        factors = work.factors(logits.shape)
         if factors is not None:
-            weights = weights.mul_(factors)
-        part = torch.bmm(weights, work.values[:, low:high]).view(*shape, -1)
+            logits.mul_(factors)
+        part = torch.bmm(logits, work.values[:, low:high]).view(*shape, -1)
         if rows:
-            hidden = work.hidden_rows(start, stop, rows)
-            row_lse = row_lse.masked_fill_(hidden, least) if finite else row_lse
-            part_lse = row_lse.logsumexp(-1)
-            row_values = _product(work.rows_of(q, work.row_values, start, stop, rows)[1:])
-            part = part.mul_(row_values).mul_((row_lse - part_lse[..., None]).exp_()[..., None]).sum(3)
-        else:
-            part, part_lse = part.squeeze(3), row_lse.squeeze(3)
+            part.mul_(_product(work.rows_of(q, work.row_values, start, stop, rows)[1:]))
+        part = part.sum(3)
         total, total_lse = work.of_queries(out, start, stop), work.of_queries(lse, start, stop)
         merged = torch.logaddexp(total_lse, part_lse)
         total.mul_((total_lse - merged).exp_()[..., None]).add_(part.mul_((part_lse - merged).exp_()[..., None]))
@@ -232,8 +239,9 @@ def _backward_by_rows(grad, inner, lse, q, keys, values, rule: _Rule, finite: bo
         x, y = (_product(f).reshape(work.groups, -1, f[0].shape[-1]) for f in (key_factors, value_factors))
         k, v = work.keys[:, low:high], work.values[:, low:high]
         shift = -work.of_queries(lse, start, stop)[..., None]
-        if rows and finite:
-            shift = shift.masked_fill(work.hidden_rows(start, stop, rows), -torch.inf)
+        hidden = work.hidden_rows(start, stop, rows)
+        if hidden is not None:
+            shift = shift.masked_fill(hidden, -torch.inf)
         shift = shift.expand(shape).reshape(work.groups, -1, 1)
         weights, slope = (work.buffer(name, *x.shape[:2], high - low) for name in ("logits", "slope"))
         torch.baddbmm(shift, x, k.mT, alpha=rule.scale, out=weights).exp_()
