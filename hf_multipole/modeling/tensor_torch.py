@@ -27,6 +27,8 @@ _LOGITS_ON_DEVICE = 2**26
 _COLUMNS = 512
 _ROWS = 512
 _TUPLES = 2048
+# Powers of 2 take less than half the time of powers of e.
+_LOG2E = math.log2(math.e)
 
 
 class _Rule(NamedTuple):
@@ -110,7 +112,7 @@ class _Rows:
         rows = self.row_windows[-1] if self.row_windows else 1
         self.block = max(16, min(_ROWS // rows, max(64, self.window // 8))) if finite else 1
         self.logits = _logits_at_once(q.device)
-        self.buffers = {}
+        self.buffers, self.strips = {}, {}
 
     def buffer(self, name: str, *shape: int) -> torch.Tensor:
         size = torch.Size(shape).numel()
@@ -176,11 +178,15 @@ class _Rows:
         """Writes ``value`` where queries do not see columns; ``x`` is ``(groups, repeats, block, width, columns)``."""
         left = min(high, stop - self.window)
         right = max(low, start + (1 if self.rule.causal else self.window))
-        queries = torch.arange(start, stop, device=x.device)[:, None]
         for first, last in ((low, high),) if left > right else ((low, left), (right, high)):
             if first < last:
-                hidden = _hidden(queries, torch.arange(first, last, device=x.device), self.n, self.window, self.rule.causal)
-                x[..., first - low : last - low].masked_fill_(hidden[:, None], value)
+                # Where both lie depends on the block, how they lie to each other hardly ever does.
+                place = start - first, stop - first, last - first
+                if place not in self.strips:
+                    queries = torch.arange(*place[:2], device=x.device)[:, None]
+                    hidden = _hidden(queries, torch.arange(place[2], device=x.device), place[2], self.window, self.rule.causal)
+                    self.strips[place] = hidden[:, None]
+                x[..., first - low : last - low].masked_fill_(self.strips[place], value)
 
     def rows_of(self, x: torch.Tensor, tokens: torch.Tensor, start: int, stop: int, rows) -> list[torch.Tensor]:
         """The factors whose product is what each row has: of the query, and of the row's token of each index."""
@@ -194,7 +200,7 @@ class _Rows:
 
 
 def _forward(q, keys, values, rule: _Rule, finite: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of one document; arguments as of ``_Rows``."""
+    """Output, and logarithms to base 2 of the sums of exponentials, of one document; arguments as of ``_Rows``."""
     work = _Rows(q, keys, values, rule, finite)
     least = torch.finfo(q.dtype).min
     out = q.new_zeros(*q.shape[:3], values.shape[-1])
@@ -203,16 +209,15 @@ def _forward(q, keys, values, rule: _Rule, finite: bool) -> tuple[torch.Tensor, 
         shape = (work.groups, work.repeats, stop - start, rows[-1].width if rows else 1)
         x = _product(work.rows_of(q, work.row_keys, start, stop, rows)).reshape(work.groups, -1, q.shape[-1])
         logits = work.buffer("logits", *x.shape[:2], high - low)
-        torch.baddbmm(logits, x, work.keys[:, low:high].mT, beta=0, alpha=rule.scale, out=logits)
+        torch.baddbmm(logits, x, work.keys[:, low:high].mT, beta=0, alpha=rule.scale * _LOG2E, out=logits)
         hidden = work.hidden_rows(start, stop, rows)
         if hidden is not None:
             logits.view(*shape, -1).masked_fill_(hidden[..., None], least)
         work.hide_columns(logits.view(*shape, -1), start, stop, low, high, least)
-        # One softmax a query, over rows and columns. Its largest weight is 1 / sum(exp(logit - the largest logit)).
+        # One softmax a query, over rows and columns.
         together = logits.view(work.groups, work.repeats, stop - start, -1)
-        part_lse = together.amax(-1)
-        torch.softmax(together, -1, out=together)
-        part_lse -= together.amax(-1).log_()
+        largest = together.amax(-1)
+        part_lse = largest + together.sub_(largest[..., None]).exp2_().sum(-1).log2_()
         factors = work.factors(logits.shape)
         if factors is not None:
             logits.mul_(factors)
@@ -221,16 +226,18 @@ def _forward(q, keys, values, rule: _Rule, finite: bool) -> tuple[torch.Tensor, 
             part.mul_(_product(work.rows_of(q, work.row_values, start, stop, rows)[1:]))
         part = part.sum(3)
         total, total_lse = work.of_queries(out, start, stop), work.of_queries(lse, start, stop)
-        merged = torch.logaddexp(total_lse, part_lse)
-        total.mul_((total_lse - merged).exp_()[..., None]).add_(part.mul_((part_lse - merged).exp_()[..., None]))
+        merged = torch.logaddexp2(total_lse, part_lse)
+        total.mul_((total_lse - merged).exp2_()[..., None]).add_(part.mul_((largest - merged).exp2_()[..., None]))
         total_lse.copy_(merged)
     return out, lse
 
 
 def _backward_by_rows(grad, inner, lse, q, keys, values, rule: _Rule, finite: bool):
-    """Gradients of q, keys and values of one document; ``inner`` is the sum of grad times output, ``lse`` the log-sum-exp."""
+    """Gradients of q, keys and values of one document; ``inner`` is the sum of grad times output, ``lse`` as from ``_forward``."""
     work = _Rows(q, keys, values, rule, finite)
-    grad_q, grad_keys, grad_values = torch.zeros_like(q), torch.zeros_like(keys[-1]), torch.zeros_like(values[-1])
+    grad_q = torch.zeros_like(q)
+    # A transposed product of (dim, rows) and (rows, columns) is a third faster than the one it replaces.
+    grad_keys, grad_values = (x[-1].mT.new_zeros(x[-1].mT.shape) for x in (keys, values))
     grad_row_keys, grad_row_values = torch.zeros_like(work.row_keys), torch.zeros_like(work.row_values)
     for start, stop, rows, low, high in work.tiles():
         shape = (work.groups, work.repeats, stop - start, rows[-1].width if rows else 1)
@@ -244,7 +251,7 @@ def _backward_by_rows(grad, inner, lse, q, keys, values, rule: _Rule, finite: bo
             shift = shift.masked_fill(hidden, -torch.inf)
         shift = shift.expand(shape).reshape(work.groups, -1, 1)
         weights, slope = (work.buffer(name, *x.shape[:2], high - low) for name in ("logits", "slope"))
-        torch.baddbmm(shift, x, k.mT, alpha=rule.scale, out=weights).exp_()
+        torch.baddbmm(shift, x, k.mT, alpha=rule.scale * _LOG2E, out=weights).exp2_()
         work.hide_columns(weights.view(*shape, -1), start, stop, low, high, 0)
         shift = work.of_queries(inner, start, stop)[..., None].expand(shape).reshape(work.groups, -1, 1)
         factors = work.factors(weights.shape)
@@ -258,21 +265,21 @@ def _backward_by_rows(grad, inner, lse, q, keys, values, rule: _Rule, finite: bo
         work.of_queries(grad_q, start, stop).add_(of_query.squeeze(3))
         for total, part, span in zip(grad_row_keys, of_rows, rows):
             work.add_tokens(total, part, span)
-        grad_keys[:, low:high].add_(torch.bmm(slope.mT, x), alpha=rule.scale)
-        grad_values[:, low:high].add_(torch.bmm(weights.mT, y))
+        grad_keys[..., low:high].add_(torch.bmm(x.mT, slope), alpha=rule.scale)
+        grad_values[..., low:high].add_(torch.bmm(y.mT, weights))
         if rows:
             of_rows = list(_gradients(torch.bmm(weights, v).view(*shape, -1), value_factors))[1:]
             for total, part, span in zip(grad_row_values, of_rows, rows):
                 work.add_tokens(total, part, span)
     real = slice(work.pad, work.pad + work.n)
-    grad_keys = torch.cat([grad_row_keys[:, :, real], grad_keys[None]])
-    return grad_q, grad_keys, torch.cat([grad_row_values[:, :, real], grad_values[None]])
+    grad_keys = torch.cat([grad_row_keys[:, :, real], grad_keys.mT[None]])
+    return grad_q, grad_keys, torch.cat([grad_row_values[:, :, real], grad_values.mT[None]])
 
 
 def _in_box(x, box) -> list[torch.Tensor]:
-    """The tokens of each side of a box, one dimension a side: ``(groups, 1, ..., tokens, ..., 1, dim)``."""
+    """The tokens of each side of a box, one dimension a side: ``(groups, dim, 1, ..., tokens, ..., 1)``."""
     sides = range(len(box))
-    return [x[a][:, slice(*box[a])][(slice(None), *(slice(None) if b == a else None for b in sides))] for a in sides]
+    return [x[a, :, :, slice(*box[a])][(..., *(slice(None) if b == a else None for b in sides))] for a in sides]
 
 
 def _shells(first: int, n: int, indices: int, causal: bool):
@@ -295,6 +302,7 @@ def _backward_by_tuples(grad, inner, lse, q, keys, values, rule: _Rule):
     """The same where no index has a window: tuples of tokens against queries."""
     (groups, repeats, queries, dim), (indices, _, n, _) = q.shape, keys.shape
     first = n - queries
+    keys, values = (x.mT.contiguous() for x in (keys, values))
     grad_q, grad_keys, grad_values = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
     logits = max(groups * repeats * _ROWS, _logits_at_once(q.device))
     buffers = q.new_empty(2, logits)
@@ -302,28 +310,28 @@ def _backward_by_tuples(grad, inner, lse, q, keys, values, rule: _Rule):
         size = min(_ROWS, n - earliest)
         for box in _boxes(ranges, max(1, min(_TUPLES, logits // (groups * repeats * size)))):
             key_factors, value_factors = _in_box(keys, box), _in_box(values, box)
-            k, v = (_product(factors).flatten(1, -2) for factors in (key_factors, value_factors))
+            k, v = (_product(factors).flatten(2) for factors in (key_factors, value_factors))
             grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
             for start in range(earliest, n, size):
                 asking = slice(start - first, min(n, start + size) - first)
                 x, upper = (t[:, :, asking].reshape(groups, -1, t.shape[-1]) for t in (q, grad))
                 shift, center = (t[:, :, asking].reshape(groups, -1, 1) for t in (lse, inner))
-                shape = (groups, x.shape[1], k.shape[1])
+                shape = (groups, x.shape[1], k.shape[2])
                 weights, slope = (buffer[: torch.Size(shape).numel()].view(shape) for buffer in buffers)
-                torch.baddbmm(-shift, x, k.mT, alpha=rule.scale, out=weights).exp_()
+                torch.baddbmm(-shift, x, k, alpha=rule.scale * _LOG2E, out=weights).exp2_()
                 if start < complete:
                     early = torch.arange(start, min(complete, start + size), device=q.device)
                     latest = torch.stack(torch.meshgrid(*(torch.arange(*side, device=q.device) for side in box), indexing="ij")).amax(0)
                     weights.unflatten(1, (repeats, -1))[:, :, : len(early)].masked_fill_(latest.flatten() > early[:, None], 0)
-                grad_v.baddbmm_(weights.mT, upper)
-                torch.baddbmm(-center, upper, v.mT, out=slope).mul_(weights)
-                grad_k.baddbmm_(slope.mT, x, alpha=rule.scale)
-                grad_q[:, :, asking].add_(torch.bmm(slope, k).view(groups, repeats, -1, dim), alpha=rule.scale)
+                grad_v.baddbmm_(upper.mT, weights)
+                torch.baddbmm(-center, upper, v, out=slope).mul_(weights)
+                grad_k.baddbmm_(x.mT, slope, alpha=rule.scale)
+                grad_q[:, :, asking].add_(torch.bmm(slope, k.mT).view(groups, repeats, -1, dim), alpha=rule.scale)
             sides = [stop - start for start, stop in box]
             for total, part, factors in ((grad_keys, grad_k, key_factors), (grad_values, grad_v, value_factors)):
-                for of_index, place, side in zip(_gradients(part.unflatten(1, sides), factors), total, box):
-                    place[:, slice(*side)] += of_index.flatten(1, -2)
-    return grad_q, grad_keys, grad_values
+                for of_index, place, side in zip(_gradients(part.unflatten(2, sides), factors), total, box):
+                    place[..., slice(*side)] += of_index.flatten(2)
+    return grad_q, grad_keys.mT, grad_values.mT
 
 
 def stretches(document: torch.Tensor | None, batch: int, n: int) -> list[tuple[slice, int, int]]:
@@ -381,7 +389,7 @@ def tensor_tiles(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tensor attention and its log-sum-exp, in the dtype of the arguments, float32 or float64.
+    """Tensor attention, and the logarithms to base 2 of its sums, in the dtype of the arguments, float32 or float64.
 
     q: ``(batch, heads, queries, dim)``, the last tokens; keys: ``(order - 1, batch, kv_heads, n, dim)``, values with ``value_dim``;
     windows: of each index, n where it has none, the widest last; document: ``(batch, n)``, tokens of different numbers do not see
@@ -429,7 +437,7 @@ def tensor_tiles_backward(
                 result = _backward_by_rows(*arguments, finite)
             places = grad_q.unflatten(1, (kv_heads, -1))[rows, heads, :, asking], *(x[:, rows, heads, tokens] for x in grads[1:])
             for place, part in zip(places, result):
-                place.copy_(part.view(place.shape))
+                place.copy_(part.reshape(place.shape))
     return tuple(grads)
 
 
