@@ -1,5 +1,6 @@
 """Tensor attention, the exact path: the properties, the ways it is used in training, and what is refused."""
 
+import json
 import math
 import threading
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tensor_properties import (
     sees_exactly_what_is_visible,
 )
 from test_multipole_attention import peak_bytes
+from test_scripts import run
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -459,6 +461,17 @@ def test_match3(window):
         assert torch.equal(out[0, 0, :-1, 0] > 0.5, labels), seed
         found.append(labels)
     assert 0.2 < torch.cat(found).float().mean() < 0.8
+
+
+# Its benchmark
+
+
+def test_benchmark(tmp_path):
+    lengths = ["--lengths", 20, "--window-lengths", 40, "--polynomial-lengths", 40, "--window", 3, 9, "--repeats", 1, "--threads", 1]
+    run("benchmark_tensor.py", *lengths, "--output", "out", cwd=tmp_path)
+    record = json.loads((tmp_path / "out" / "benchmark-tensor.json").read_text())
+    assert {result["part"] for result in record["results"]} == {"exact", "window", "polynomial"}
+    assert "--repeats 0 must be positive" in run("benchmark_tensor.py", "--repeats", 0, cwd=tmp_path, fails=True)
 
 
 # What is refused

@@ -62,9 +62,11 @@ def tensor_attention(
         segment_ids: ``(batch, n)`` integers: rows packed with documents that do not see each other.
         scale: of the scores; ``head_dim ** -0.5`` by default.
         dropout_p: dropout of the attention weights. Exact only.
-        degree: of the polynomial; by default the least one whose relative error of the weights is at most ``tolerance``.
+        degree: of the polynomial; by default the least one whose relative error of the weights is at most ``tolerance``. At most 24,
+            and 65,536 features.
         entry_bound: B, which no entry of q and keys exceeds, so that scores lie within ``scale * head_dim * B ** k``. By default
-            measured, and rounded up by at most 2 %, at every call. To generate token by token, state it.
+            measured at every call, over all rows and tokens, and rounded up by at most 3 %. State it where the past must not depend
+            on the future, not even through the choice of the polynomial, and to generate token by token.
         on_violation: what happens where the polynomial cannot vouch for its output, since entries exceed the bound or since the
             bound asks for too many features: "raise", or "exact" for the exact path.
         return_certificate: also returns a :class:`Certificate`, a bound on the error of the output; None where the exact path ran.

@@ -395,13 +395,14 @@ def tensor_tiles(
     windows: of each index, n where it has none, the widest last; document: ``(batch, n)``, tokens of different numbers do not see
     each other, nor do negative ones see anything. Returns zeros at those.
     """
-    rule, finite = _rule(q, causal, windows, scale, dropout_p, seed), _finite(q, keys, values)
+    rule = _rule(q, causal, windows, scale, dropout_p, seed)
     kv_heads = keys.shape[2]
     out, lse = q.new_zeros(*q.shape[:3], values.shape[-1]), q.new_zeros(q.shape[:3])
     with torch.autocast(q.device.type, enabled=False):
         for rows, heads, asking, tokens in _pieces(q, keys, document):
             part = q.unflatten(1, (kv_heads, -1))[rows, heads, :, asking]
-            results = _forward(part.flatten(0, 1), *(x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values)), rule, finite)
+            tensors = part.flatten(0, 1), *(x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
+            results = _forward(*tensors, rule, _finite(*tensors))
             for total, result in zip((out, lse), results):
                 total.unflatten(1, (kv_heads, -1))[rows, heads, :, asking] = result.unflatten(0, part.shape[:2])
     return out, lse
@@ -422,19 +423,19 @@ def tensor_tiles_backward(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rule, finite = _rule(q, causal, windows, scale, dropout_p, seed), _finite(q, keys, values)
+    rule = _rule(q, causal, windows, scale, dropout_p, seed)
     kv_heads = keys.shape[2]
     grads = grad_q, *_ = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, keys, values)]
     with torch.autocast(q.device.type, enabled=False):
         inner = (grad * out).sum(-1)
         for rows, heads, asking, tokens in _pieces(q, keys, document):
-            of_queries = (x.unflatten(1, (kv_heads, -1))[rows, heads, :, asking] for x in (grad, inner, lse, q))
-            of_keys = (x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
-            arguments = [x.flatten(0, 1) for x in of_queries] + [*of_keys, rule]
+            of_queries = (x.unflatten(1, (kv_heads, -1))[rows, heads, :, asking].flatten(0, 1) for x in (grad, inner, lse, q))
+            tensors = *of_queries, *(x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
+            finite = _finite(*tensors[3:])
             if finite and not dropout_p and min(windows) >= tokens.stop - tokens.start:
-                result = _backward_by_tuples(*arguments)
+                result = _backward_by_tuples(*tensors, rule)
             else:
-                result = _backward_by_rows(*arguments, finite)
+                result = _backward_by_rows(*tensors, rule, finite)
             places = grad_q.unflatten(1, (kv_heads, -1))[rows, heads, :, asking], *(x[:, rows, heads, tokens] for x in grads[1:])
             for place, part in zip(places, result):
                 place.copy_(part.reshape(place.shape))
