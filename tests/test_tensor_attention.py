@@ -195,10 +195,10 @@ def test_both_ways_back_agree(monkeypatch, causal, shape):
         assert_within(value, expected[name], 1e-12, name, call)
 
 
-@pytest.mark.parametrize("window", [None, (3, 20)])
+@pytest.mark.parametrize("window", [None, (3, 12)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_size_of_the_tiles_does_not_matter(monkeypatch, causal, window):
-    case = replace(FULL, n=40, causal=causal, window=window, cuts=(35,))
+    case = replace(FULL, n=24, batch=1, causal=causal, window=window, cuts=(20,))
     expected = make(case).with_gradients(tensor_attention)
     for logits, columns, rows, tuples in ((1, 7, 5, 3), (900, 16, 64, 50), (2**30, 2**20, 2**20, 2**20)):
         for name, size in (("_LOGITS_PER_THREAD", logits), ("_COLUMNS", columns), ("_ROWS", rows), ("_TUPLES", tuples)):
