@@ -189,7 +189,7 @@ def draw(results, path):
     (low, high), place = map(math.log, axes.get_ylim()), -math.inf
     for y, n, label, color in sorted(ends):
         place = max((math.log(y) - low) / (high - low), place + 0.045)
-        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "linestyle": ":", "relpos": (0, 0.5)}
         axes.annotate(label, (n, y), (1.03, place), "data", "axes fraction", leader, False, color=color, va="center", fontsize=8)
     picture.tight_layout()
     picture.savefig(path, dpi=130)
