@@ -24,6 +24,7 @@ from .modeling.modeling_multipole import (
     MultipoleModel,
 )
 from .modeling.multipole_attention import multipole_attention
+from .modeling.tensor_attention import tensor_attention
 
 __version__ = "0.1.0"
 
@@ -49,4 +50,5 @@ __all__ = [
     "convert",
     "multipole_attention",
     "revert",
+    "tensor_attention",
 ]

@@ -1,6 +1,6 @@
-"""Fast multipole attention written from its definition: dense, in float64, with loops. The oracle of every test.
+"""Both attentions written from their definitions: dense, in float64, with loops. The oracle of every test.
 
-Nothing here is shared with the fast implementation but the parameters of the summary modules.
+Nothing here is shared with the fast implementations but the parameters of the summary modules.
 """
 
 import math
@@ -157,3 +157,48 @@ def multipole_attention_reference(
     for (b, h, t), (columns, weights) in all_weights.items():
         dense[b, h, t, columns] = weights
     return output, dense[:, :, n - n_q :]
+
+
+def tensor_attention_reference(
+    q,
+    keys,
+    values,
+    *,
+    causal=True,
+    window=None,
+    attention_mask=None,
+    segment_ids=None,
+    scale=None,
+    dropout=None,
+):
+    """Arguments as :func:`hf_multipole.tensor_attention`, of any order, computed in float64 one query at a time.
+
+    dropout: ``(batch, heads, n, n, ..., n)`` factors of the weights, by query and by each index (0 or 1 / (1 - p)).
+    """
+    q, keys, values = q.double(), [k.double() for k in keys], [v.double() for v in values]
+    batch, heads, n_q, dim = q.shape
+    kv_heads, n = keys[0].shape[1:3]
+    scale = dim**-0.5 if scale is None else scale
+    mask = torch.ones(batch, n, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+    rows = []
+    for b in range(batch):
+        for h in range(heads):
+            kv = h * kv_heads // heads
+            out = [torch.zeros(values[0].shape[-1], dtype=torch.float64) for _ in range(n)]
+            for tokens in documents(mask[b], None if segment_ids is None else segment_ids[b]):
+                for t in tokens[tokens >= n - n_q].tolist():
+                    # Of every index, the tokens that the query sees; then the products over all choices of one token each.
+                    seen = []
+                    for width in window or [None] * len(keys):
+                        near = torch.ones_like(tokens) == 1 if width is None else (tokens - t).abs() < width
+                        seen.append(tokens[near & (tokens <= t)] if causal else tokens[near])
+                    key, value = q[b, h, t - (n - n_q)], torch.ones(values[0].shape[-1], dtype=torch.float64)
+                    for k, v, index in zip(keys, values, seen):
+                        key, value = key[..., None, :] * k[b, kv][index], value[..., None, :] * v[b, kv][index]
+                    weights = torch.softmax(scale * key.sum(-1).flatten(), 0)
+                    if dropout is not None:
+                        weights = weights * dropout[b, h, t][torch.meshgrid(*seen, indexing="ij")].flatten().double()
+                    out[t] = weights @ value.flatten(0, -2)
+            rows.append(torch.stack(out[n - n_q :]))
+    return torch.stack(rows).view(batch, heads, n_q, -1)
