@@ -7,6 +7,7 @@ converted, and a suggestion of layers to leave exact, which --layers then choose
 """
 
 import argparse
+import math
 import shlex
 import shutil
 import sys
@@ -25,8 +26,7 @@ from hf_multipole import convert
 from hf_multipole.integration.conversion import attention_modules, is_multipole
 from hf_multipole.integration.measurement import layer_errors, loss
 from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
-from hf_multipole.training.metrics import bits_per_token
-from hf_multipole.training.report import write_json
+from hf_multipole.training.checkpoints import write_json
 
 
 def parse():
@@ -82,15 +82,15 @@ def measure(model, ids, args) -> list[dict]:
     options = STOCK_OPTIONS | {"block_size": args.block_size, "rank": args.rank}
     errors = layer_errors(model, ids, [options])[0]
     exact = model.config._attn_implementation
-    rows = [{"layer": "all exact", "bits": bits_per_token(loss(model, ids, exact))}] if model.can_generate() else []
+    rows = [{"layer": "all exact", "bits": loss(model, ids, exact) / math.log(2)}] if model.can_generate() else []
     modules = [(name, module) for name, module in attention_modules(model).items() if is_multipole(module)]
     for name, module in tqdm(modules, desc="layers", unit="layer"):
         row = {"layer": getattr(module, "layer_idx", None), "module": name, "error": errors[name]}
         if model.can_generate() and row["layer"] is not None:
-            row["bits"] = bits_per_token(loss(model, ids, "multipole", options | {"layers": [row["layer"]]}))
+            row["bits"] = loss(model, ids, "multipole", options | {"layers": [row["layer"]]}) / math.log(2)
         rows.append(row)
     if model.can_generate():
-        rows.append({"layer": "all multipole", "bits": bits_per_token(loss(model, ids, "multipole", options))})
+        rows.append({"layer": "all multipole", "bits": loss(model, ids, "multipole", options) / math.log(2)})
     return rows
 
 

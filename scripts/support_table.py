@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING
 
 import hf_multipole
 from hf_multipole.integration.support import try_architecture
-from hf_multipole.training.report import write_json
+from hf_multipole.training.checkpoints import write_json
 
 EXPLANATION = """Each architecture was built small, with random weights in float64 (float32 where its experts have no float64), 75
 tokens in blocks of 8, and run with `attn_implementation="multipole"`. *Runs* says that all of these hold: on rows of at most two blocks
