@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from hf_multipole import MultipoleConfig, MultipoleModel
@@ -129,3 +130,14 @@ def test_a_stored_configuration_is_checked_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored | {"rank": 5}))
     with pytest.raises(Exception, match="rank 5 does not divide block_size 16"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_the_base_class_reads_it(tmp_path):
+    """As Trainer does when it goes on from a checkpoint."""
+    from transformers import PreTrainedConfig
+
+    config = MultipoleConfig(layer_types=["multipole_attention", "full_attention"], num_hidden_layers=2)
+    config.save_pretrained(tmp_path)
+    assert PreTrainedConfig.from_pretrained(tmp_path).layer_types == config.layer_types
+    with pytest.raises(StrictDataclassError, match="validate_layer_type"):
+        PreTrainedConfig(layer_types=["multipol_attention"], num_hidden_layers=1)

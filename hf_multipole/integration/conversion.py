@@ -77,9 +77,16 @@ class _StandIn(type):
 
     def original(cls) -> type[nn.Module] | None:
         """The class that it stands for; None where its file was not imported."""
-        # Not by its module, where the stand-in is now.
-        named = [c for c in nn.Module.__subclasses__() if c.__name__ == cls.__name__ and c.__module__.startswith("transformers.models.")]
-        return named[-1] if named else None
+        if "_original" not in cls.__dict__:
+            # Not by its module, where the stand-in is now.
+            named = [
+                c for c in nn.Module.__subclasses__() if c.__name__ == cls.__name__ and c.__module__.startswith("transformers.models.")
+            ]
+            if not named:
+                return None
+            # Kept: when a model fails to be built, Transformers leaves the stand-in in the module, and nothing else may hold the class.
+            cls._original = named[-1]
+        return cls._original
 
     def __call__(cls, *args, **kwargs) -> nn.Module:
         module = cls.original()(*args, **kwargs)

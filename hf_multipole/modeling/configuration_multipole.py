@@ -3,12 +3,17 @@
 import math
 
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .multipole_attention import check_sizes
 
 LAYER_TYPES = ("multipole_attention", "full_attention")
+# Trainer reads a checkpoint's config.json with the base class, which knows the kinds in these lists only.
+for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
+    _known = getattr(configuration_utils, _names, ())
+    setattr(configuration_utils, _names, _known + tuple(kind for kind in LAYER_TYPES if kind not in _known))
 SUMMARIES = ("hierarchical", "direct", "mean")
 # Options of ``config.multipole`` on models of other kinds, and their defaults: means of groups, in all layers without a window.
 STOCK_OPTIONS = {"block_size": 64, "rank": 4, "summary": "mean", "size_weighting": True, "far_bias_init": None, "layers": None}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers.trainer
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
@@ -132,15 +131,6 @@ class LanguageModelTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # Trainer reads the version of a checkpoint with the base class of configurations, which refuses our kinds of layers.
-        base = transformers.trainer.PreTrainedConfig
-        transformers.trainer.PreTrainedConfig = type(self.accelerator.unwrap_model(self.model).config)
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        finally:
-            transformers.trainer.PreTrainedConfig = base
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
