@@ -1,13 +1,13 @@
 """convert and revert: stock models with learned summaries, saved, loaded, trained."""
 
 import copy
-import gc
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from stock_models import BLOCK, CLOSE, DECODERS, ENCODERS, GROUPED, IMAGES, OPTIONS, RANK, SIZES, auto_class_of, build, tokens
 from torch import nn
@@ -16,18 +16,19 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BloomConfig,
+    CLIPVisionConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     Trainer,
     TrainingArguments,
     ViTConfig,
 )
-from transformers.monkey_patching import apply_patches, get_patch_mapping
 
 from hf_multipole import MultipoleCache, MultipoleConfig, MultipoleForCausalLM, convert, revert
-from hf_multipole.integration import conversion
 from hf_multipole.modeling.far_field import FarField
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 
@@ -179,14 +180,17 @@ def test_parameters_that_a_checkpoint_lacks_start_as_means(missing, tmp_path):
     torch.testing.assert_close(loaded.state_dict(), loaded.state_dict() | weights, atol=0, rtol=0)
 
 
-def test_from_config(ids):
-    """A new model from the configuration of a converted one has its parts, at the start; one that is built by hand says what to do."""
+def test_a_new_model_of_the_configuration(ids):
+    """It has its parts, at the start, whoever builds it; options that come after the model say what to do."""
     config = converted().config
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).double().eval()
-    assert len(far_fields(model)) == 2 and all(not far_field.far_bias.any() for far_field in far_fields(model))
-    model(ids)
-    with pytest.raises(ValueError, match="learned parts.*from_pretrained or from_config.*hf_multipole.convert"):
-        LlamaForCausalLM(copy.deepcopy(config))(ids)
+    for build_it in (AutoModelForCausalLM.from_config, LlamaForCausalLM):
+        model = build_it(copy.deepcopy(config)).double().eval()
+        assert len(far_fields(model)) == 2 and all(not far_field.far_bias.any() for far_field in far_fields(model))
+        model(ids)
+    model = build(DECODERS["llama"])
+    model.config.multipole = config.multipole
+    with pytest.raises(ValueError, match="learned parts.*hf_multipole.convert"):
+        model(ids)
 
 
 def test_a_stock_model_stays_untouched(ids, tmp_path):
@@ -386,22 +390,68 @@ def test_summaries_of_another_block_size(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="rank 3 does not divide block_size 16"):
         AutoModelForCausalLM.from_pretrained(folder)
-    # What Transformers replaces while it builds a model is put back.
-    attention = type(LlamaForCausalLM(LlamaConfig(**GROUPED)).model.layers[0].self_attn)
-    assert sys.modules[attention.__module__].LlamaAttention is attention
 
 
-def test_a_failure_of_another_model(tmp_path):
-    """Transformers then leaves the stand-ins where the classes were: models are built all the same."""
-    saved(build(DECODERS["llama"]), tmp_path)
-    AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ZeroDivisionError), apply_patches():
-        raise ZeroDivisionError
-    gc.collect()
-    for _ in range(2):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path)
-        assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention" and not learned(model)
-    assert len(far_fields(convert(model))) == 2
+def test_initialising_again_keeps_what_was_learned():
+    """As init_weights of a model that is there already keeps all the rest."""
+    model = converted()
+    before = copy.deepcopy(model.state_dict())
+    model.init_weights()
+    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
+
+
+def test_classes_of_the_same_name_elsewhere(ids):
+    """Code of a checkpoint may have an attention class of a known name: it is not touched."""
+
+    class LlamaAttention(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+    parent = nn.Module()
+    parent.attention = LlamaAttention(converted().config)
+    assert not hasattr(parent.attention, "far_field")
+
+
+def test_a_part_of_another_model(tmp_path, caplog):
+    """Loaded as a whole, it says that it does not run with what it learned, and how it does."""
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**GROUPED, **OPTIONS), image_token_index=49)
+    model = LlavaForConditionalGeneration(config).eval()
+    change(convert(model.model.language_model))
+    ids = tokens(n=40)
+    out = model(ids).logits
+    transformers.utils.logging.get_logger("hf_multipole.integration.conversion").addHandler(caplog.handler)
+    transformers.utils.logging.warning_once.cache_clear()
+    loaded = LlavaForConditionalGeneration.from_pretrained(saved(model, tmp_path)).eval()
+    assert (loaded(ids).logits - out).abs().max() > 1e-5
+    assert "was converted to multipole attention, but runs with 'sdpa'" in caplog.text
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation={"text_config": "multipole"}).eval()
+    torch.testing.assert_close(loaded(ids).logits, out)
+
+
+@pytest.mark.parametrize("summary", ["hierarchical", "direct", "mean"])
+def test_short_rows_give_gradients_too(summary):
+    """Zeros where nothing of the far field is used: processes of a parallel training must have the same gradients."""
+    model = converted(summary=summary).train()
+    for n in (2 * BLOCK, 2 * BLOCK + 1, 75):
+        model.zero_grad()
+        model(tokens(n=n), labels=tokens(n=n), use_cache=False).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        if n == 2 * BLOCK:
+            assert not any(parameter.grad.any() for parameter in learned(model).values())
+
+
+def test_caches_of_other_layers_and_models(ids):
+    every, second = (convert(build(DECODERS["llama"]), layers=layers) for layers in (None, [1]))
+    with pytest.raises(ValueError, match="made for other layers than config.multipole"):
+        second(ids, past_key_values=MultipoleCache(config=every.config))
+    with pytest.raises(ValueError, match="no attention weights"):
+        every(ids, past_key_values=MultipoleCache(config=every.config), output_attentions=True)
+    cache = MultipoleCache(config=every.config)
+    every.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='multipole'; use a DynamicCache"):
+        every(ids, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
@@ -421,10 +471,11 @@ def test_a_failure_of_another_model(tmp_path):
         (lambda: build(DECODERS["llama"]), {"block_size": 0}, "block_size is 0"),
         (lambda: build(DECODERS["llama"]), {"summary": "sum"}, "summary is 'sum'"),
         (lambda: build(DECODERS["llama"]), {"layers": [0, 7]}, r"layers is \[0, 7\]"),
+        (lambda: build(DECODERS["llama"]), {"layers": 1}, "layers is 1, but must be a list"),
         (lambda: build(DECODERS["llama"]), {"far_bias_init": float("nan")}, "far_bias_init is nan"),
         (lambda: convert(build(DECODERS["llama"])), {}, "was converted already; hf_multipole.revert"),
     ],
-    ids=["kind", "module", "own", "interface", "cross", "windows", "rank", "size", "summary", "layers", "bias", "twice"],
+    ids=["kind", "module", "own", "interface", "cross", "windows", "rank", "size", "summary", "layers", "layer", "bias", "twice"],
 )
 def test_refused(make, options, message):
     model = make()
@@ -442,14 +493,3 @@ def test_unknown_attention_classes_are_refused_by_name():
 
     with pytest.raises(ValueError, match="has PersimmonAttention modules, which convert does not know; it knows .*LlamaAttention"):
         convert(build(PersimmonConfig(**SIZES)))
-
-
-def test_a_patch_of_another_package_is_refused(monkeypatch):
-    from transformers import monkey_patching
-
-    model = build(DECODERS["llama"])
-    monkeypatch.setitem(monkey_patching._monkey_patch_mapping_cache, "LlamaAttention", nn.Linear)
-    conversion.register()
-    assert get_patch_mapping()["LlamaAttention"] is nn.Linear
-    with pytest.raises(ValueError, match="another package has registered a patch of LlamaAttention"):
-        convert(model)

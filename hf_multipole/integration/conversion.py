@@ -1,22 +1,26 @@
 """Stock models with learned summaries: given to their attention modules, saved and loaded with them, and taken away again.
 
-The classes of a stock model stay what they are; an attention module gets one part more, ``far_field``. When a checkpoint is loaded,
-Transformers builds the attention modules through the patch mapping that is registered here, so that the part is there before the
-weights are read.
+The classes of a stock model stay what they are; an attention module gets one part more, ``far_field``. When a checkpoint is loaded, a
+hook of torch gives it to the attention modules of models whose configuration is that of a converted one, as they are put into the
+model, so that the part is there before the weights are read. (Transformers' patch mapping of classes would do, too, but it takes half a
+second of every loading, replaces classes by patterns of their names, and leaves them replaced when a model fails to be built.)
 """
 
 import inspect
-import sys
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
-from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
+from transformers.utils import logging
 
 from ..modeling.attention_masks import refuse_cross_attention
 from ..modeling.configuration_multipole import STOCK_OPTIONS, attention_options
 from ..modeling.far_field import FarField
+
+logger = logging.get_logger(__name__)
 
 # Classes of attention modules that can be converted: one row (query, key, value) through the attention interface, heads and
 # head_dim those of the configuration. scripts/support_table.py runs each of them.
@@ -70,51 +74,22 @@ ATTENTION_CLASSES = (
 )
 
 
-class _StandIn(type):
-    """Takes the place of an attention class while Transformers builds a model: calling it makes a module of that class, with a far
-    field where the configuration is that of a converted model. In all else it is that class.
-    """
-
-    def original(cls) -> type[nn.Module] | None:
-        """The class that it stands for; None where its file was not imported."""
-        if "_original" not in cls.__dict__:
-            # Not by its module, where the stand-in is now.
-            named = [
-                c for c in nn.Module.__subclasses__() if c.__name__ == cls.__name__ and c.__module__.startswith("transformers.models.")
-            ]
-            if not named:
-                return None
-            # Kept: when a model fails to be built, Transformers leaves the stand-in in the module, and nothing else may hold the class.
-            cls._original = named[-1]
-        return cls._original
-
-    def __call__(cls, *args, **kwargs) -> nn.Module:
-        module = cls.original()(*args, **kwargs)
-        try:
-            _give_far_field(module)
-        except ValueError:
-            # Transformers puts the classes back only after a model was built.
-            for stand_in in get_patch_mapping().values():
-                original = stand_in.original() if isinstance(stand_in, _StandIn) else None
-                if original is not None:
-                    setattr(sys.modules[original.__module__], original.__name__, original)
-            raise
-        return module
-
-    def __instancecheck__(cls, instance) -> bool:
-        return isinstance(instance, cls.original())
-
-    def __subclasscheck__(cls, subclass) -> bool:
-        return issubclass(subclass, cls.original())
+def _complete(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Called for every module that is put into another one."""
+    if type(module).__name__ in ATTENTION_CLASSES and _is_stock(module) and not hasattr(module, "far_field"):
+        _give_far_field(module)
+        if hasattr(module, "far_field") and module.config._attn_implementation != "multipole":
+            logger.warning_once(
+                f"the model was converted to multipole attention, but runs with {module.config._attn_implementation!r}, without its "
+                "learned summaries: pass attn_implementation='multipole' if this was not your choice"
+            )
 
 
-def register() -> None:
-    """Makes checkpoints of converted models load. Doing it again changes nothing."""
-    known = get_patch_mapping()
-    register_patch_mapping({name: _StandIn(name, (nn.Module,), {}) for name in ATTENTION_CLASSES if name not in known})
+def _is_stock(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.models.")
 
 
-register()
+register_module_module_registration_hook(_complete)
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -182,7 +157,8 @@ def convert(
     (``AutoModel...from_pretrained``, after ``import hf_multipole``).
 
     Args:
-        model: a model of Transformers, on any device, or a part of one.
+        model: a model of Transformers, on any device. (The language model inside of another model can be converted, too, but the
+            whole is then loaded with attn_implementation={"text_config": "multipole"}, or how it calls that part.)
         kind: "multipole".
         layers: numbers of the layers that become multipole, from 0; all by default. Others, and those with a sliding window, stay
             exact.
@@ -201,7 +177,7 @@ def convert(
     configs = {id(module.config): module.config for module in modules.values()}.values()
     given = {"block_size": block_size, "rank": rank, "size_weighting": size_weighting}
     given = {name: value for name, value in given.items() if value is not None}
-    given |= {"summary": summary, "far_bias_init": far_bias_init, "layers": None if layers is None else list(layers)}
+    given |= {"summary": summary, "far_bias_init": far_bias_init, "layers": _numbers(layers)}
     before = [getattr(config, "multipole", None) for config in configs]
     try:
         for config, options in zip(configs, before):
@@ -214,6 +190,9 @@ def convert(
             raise ValueError(f"there is nothing to convert: {which} have a sliding window, which is exact and stays so")
         for module in modules.values():
             _give_far_field(module)
+            if hasattr(module, "far_field") and not any(parameter.is_meta for parameter in module.far_field.parameters()):
+                # Later calls of the model's own initialisation leave it alone, as they do the rest of a model that is there.
+                module.far_field._is_hf_initialized = True
     except ValueError:
         for config, options in zip(configs, before):
             _restore(config, options)
@@ -225,11 +204,18 @@ def convert(
     return model
 
 
+def _numbers(layers: Sequence[int] | None) -> list[int] | None:
+    try:
+        return None if layers is None else sorted({operator.index(layer) for layer in layers})
+    except TypeError:
+        raise ValueError(f"layers is {layers!r}, but must be a list of layer numbers, or None for all") from None
+
+
 def _convertible(model: nn.Module) -> dict[str, nn.Module]:
     """The attention modules of a model that can be converted."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"convert takes a model of Transformers, but this is a {type(model).__name__}")
-    name, known = type(model).__name__, get_patch_mapping()
+    name = type(model).__name__
     if model.config.model_type == "multipole":
         raise ValueError(f"{name} has multipole attention already: its kinds of layers are config.layer_types")
     refuse_cross_attention(model.config)
@@ -238,13 +224,11 @@ def _convertible(model: nn.Module) -> dict[str, nn.Module]:
         raise ValueError(f"{name} does not compute attention by Transformers' attention interface, so that it cannot be converted")
     for module in modules.values():
         kind = type(module).__name__
-        if kind not in ATTENTION_CLASSES:
+        if kind not in ATTENTION_CLASSES or not _is_stock(module):
             raise ValueError(
                 f"{name} has {kind} modules, which convert does not know; it knows {', '.join(ATTENTION_CLASSES)}. "
                 "attn_implementation='multipole', with means, may run it all the same"
             )
-        if not isinstance(known.get(kind), _StandIn):
-            raise ValueError(f"another package has registered a patch of {kind}, so that a converted checkpoint could not be loaded again")
         if hasattr(module, "far_field"):
             raise ValueError(f"{name} was converted already; hf_multipole.revert gives the stock model back")
     return modules

@@ -48,11 +48,13 @@ def layer_errors(model: PreTrainedModel, input_ids: torch.Tensor, settings: Sequ
             return multipole_attention_forward(module, query, key, value, mask, dropout, scaling, softcap, **kwargs)
         exact, _ = exact_attention(query, key, value, mask.pairs(query.device), mask.causal, 0.0, scaling, softcap, False)
         before = module.config.multipole
-        for options, found in zip(settings, errors):
-            module.config.multipole = options
-            out, _ = multipole_attention_forward(module, query, key, value, mask, 0.0, scaling, softcap, **kwargs)
-            found[names[id(module)]] = ((out - exact).norm() / exact.norm()).item()
-        module.config.multipole = before
+        try:
+            for options, found in zip(settings, errors):
+                module.config.multipole = options
+                out, _ = multipole_attention_forward(module, query, key, value, mask, 0.0, scaling, softcap, **kwargs)
+                found[names[id(module)]] = ((out - exact).norm() / exact.norm()).item()
+        finally:
+            module.config.multipole = before
         return exact, None
 
     AttentionInterface.register(_MEASUREMENT, attend)

@@ -8,6 +8,7 @@ from transformers.modeling_utils import AttentionInterface
 from .attention_masks import MultipoleMask, WindowMask, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options
+from .hierarchy import level_count
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
 
@@ -84,9 +85,12 @@ def _options(module, query, softcap, scale, key_summary=None) -> dict:
     far_field = getattr(module, "far_field", None)
     if far_field is None and (options["summary"] != "mean" or options["far_bias_init"] is not None):
         raise ValueError(
-            f"config.multipole asks for learned parts ({options['summary']!r} summaries), which this model does not have: load it with "
-            "from_pretrained or from_config of an Auto class, or give them to it with hf_multipole.convert"
+            f"config.multipole asks for learned parts ({options['summary']!r} summaries), which this model does not have: give them to it "
+            "with hf_multipole.convert, and import hf_multipole before a converted model is loaded"
         )
+    heads = getattr(getattr(far_field, "far_bias", None), "shape", [query.shape[1]])[0]
+    if heads != query.shape[1]:
+        raise ValueError(f"the far field was learned for {heads} heads, but here are {query.shape[1]}: tensor parallelism is not supported")
     return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
         "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
         "value_summary": getattr(far_field, "value_summary", None),
@@ -193,7 +197,9 @@ def multipole_attention_forward(
             "attn_implementation='multipole' needs position_ids that start anew with each packed document beside cu_seq_lens_q, no "
             "attention_mask and use_cache=False; or give each document its own row"
         )
-    if past is None and _is_exact(module):
+    if _is_exact(module):
+        if past is not None:
+            raise ValueError("the cache was made for other layers than config.multipole['layers']: make it from this model's configuration")
         mask = attention_mask.pairs(query.device)
         return exact_attention(query, key, value, mask, attention_mask.causal, dropout, scaling, softcap, output_attentions)
     tokens = key if past is None else key.new
@@ -202,6 +208,8 @@ def multipole_attention_forward(
     if past is not None:
         if dropout:
             raise ValueError(NO_DROPOUT)
+        if output_attentions:
+            raise ValueError("a generation state has no attention weights: use the cache of all keys (DynamicCache) for output_attentions")
         if attention_mask.length is None:
             mask = attention_mask
             numbers = (past.number, module.number, None if rotary is None else rotary.__self__.number)
@@ -220,6 +228,8 @@ def multipole_attention_forward(
         return_weights=bool(output_attentions),
         **_options(module, query, softcap, scaling, key_summary),
     )
+    if torch.is_grad_enabled() and hasattr(module, "far_field"):
+        out = module.far_field.keep_in_graph(out, level_count(attention_mask.length, attention_mask.block_size))
     return out.transpose(1, 2).contiguous(), weights
 
 

@@ -235,6 +235,10 @@ def multipole_mask(
             "static caches and cross-attention are not supported; use a dynamic cache, or 'sdpa'"
         )
     if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but must be (batch, n): masks over pairs need 'sdpa'"
+            )
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         if attention_mask.shape[1] != kv_length:
             raise ValueError(f"attention_mask has {attention_mask.shape[1]} tokens, but there are {kv_length} keys")

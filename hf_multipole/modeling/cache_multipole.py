@@ -35,6 +35,10 @@ class PastTokens(NamedTuple):
     layer: "MultipoleLayer"
     new: torch.Tensor
 
+    def __getattr__(self, name):
+        # Another attention function than "multipole" takes it for a tensor.
+        raise ValueError("a MultipoleCache belongs to models that run with attn_implementation='multipole'; use a DynamicCache for others")
+
 
 # Compiled code names layers, and modules, by numbers: what Python counts in a state must not become part of it.
 _numbered = weakref.WeakValueDictionary()

@@ -46,6 +46,19 @@ class FarField(nn.Module):
         """The bias ``(heads, levels)`` of the far logits, or None. By a call, for that is when offloaded parameters are fetched."""
         return self.far_bias
 
+    def keep_in_graph(self, out: torch.Tensor, levels: int) -> torch.Tensor:
+        """The output, with zero times the parameters that rows of so few ``levels`` do not use: all processes of a parallel training
+        then have gradients for all parameters, whatever the lengths of their rows.
+        """
+        used = [self.far_bias] if levels else []
+        for summary in (self.key_summary, self.value_summary):
+            if isinstance(summary, DirectSummary):
+                used += summary.levels[:levels]
+            elif isinstance(summary, HierarchicalSummary):
+                used += [summary.tokens, summary.merge][:levels]
+        unused = [x.sum() for x in self.parameters() if x.requires_grad and not any(x is y for y in used)]
+        return out + (0 * torch.stack(unused).sum()).to(out.dtype) if unused else out
+
     # Transformers asks every module for this flag, runs the initialisation of the model on it, which in a stock model knows nothing
     # of this class, and sets the flag: the moment to fill parameters that the checkpoint lacked.
     @property
