@@ -450,7 +450,7 @@ def test_caches_of_other_layers_and_models(ids):
         every(ids, past_key_values=MultipoleCache(config=every.config), output_attentions=True)
     cache = MultipoleCache(config=every.config)
     every.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="attn_implementation='multipole'; use a DynamicCache"):
+    with pytest.raises(ValueError, match="attn_implementation='multipole', but this one runs with 'sdpa'; use a DynamicCache"):
         every(ids, past_key_values=cache)
 
 

@@ -38,7 +38,6 @@ ATTENTION_CLASSES = (
     "EuroBertAttention",
     "Exaone4Attention",
     "GPT2Attention",
-    "GPTBigCodeAttention",
     "GPTNeoXAttention",
     "Gemma2Attention",
     "Gemma3Attention",

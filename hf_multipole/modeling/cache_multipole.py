@@ -35,10 +35,6 @@ class PastTokens(NamedTuple):
     layer: "MultipoleLayer"
     new: torch.Tensor
 
-    def __getattr__(self, name):
-        # Another attention function than "multipole" takes it for a tensor.
-        raise ValueError("a MultipoleCache belongs to models that run with attn_implementation='multipole'; use a DynamicCache for others")
-
 
 # Compiled code names layers, and modules, by numbers: what Python counts in a state must not become part of it.
 _numbered = weakref.WeakValueDictionary()
@@ -100,6 +96,11 @@ class _StateLayer:
 
     def update(self, key_states, value_states, *args, state: bool = False, **kwargs):
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
+        if self.always and self.config._attn_implementation != "multipole":
+            raise ValueError(
+                "a MultipoleCache belongs to models that run with attn_implementation='multipole', but this one runs with "
+                f"{self.config._attn_implementation!r}; use a DynamicCache"
+            )
         if state or self.always:
             return PastTokens(self, key_states), value_states
         self.check_exact()
@@ -293,7 +294,7 @@ class MultipoleCache(DynamicCache):
                 # Layers with a window, recurrent ones and those that were left exact keep what they keep.
                 if type(layer) is DynamicLayer and (chosen is None or i in chosen):
                     self.layers[i] = MultipoleLayer()
-                    self.layers[i].always = True
+                    self.layers[i].always, self.layers[i].config = True, config
         for layer in self.layers:
             if hasattr(layer, "rollback"):
                 layer.rollback = rollback
