@@ -18,7 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_multipole import attention_options
-from .hierarchy import level_count
+from .hierarchy import check_rows, level_count
 from .state_multipole import MultipoleState
 from .summaries import DirectSummary, MeanSummary
 
@@ -32,7 +32,7 @@ _FORMAT = "hf_multipole state 1"
 class PastTokens(NamedTuple):
     """What a layer of the cache hands to the attention function in place of keys: its state, and the new ones."""
 
-    layer: "MultipoleLayer"
+    layer: DynamicLayer
     new: torch.Tensor
 
 
@@ -67,7 +67,13 @@ def compiled_state(cache):
     """A layer of a cache whose state is used by code that is being compiled, or None."""
     if not torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
+    if any(_is_tensor(layer) for layer in getattr(cache, "layers", ())):
+        return None  # these layers run outside of compiled code
     return next((layer for layer in getattr(cache, "layers", ()) if getattr(layer, "state", None) is not None), None)
+
+
+def _is_tensor(layer) -> bool:
+    return getattr(layer, "_layer_type", None) == "tensor_attention"
 
 
 class _StateLayer:
@@ -198,11 +204,12 @@ class MultipoleStaticLayer(StaticLayer):
 
 
 @torch.compiler.disable
-def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask, unmasked: bool) -> None:
+def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask, tensor_mask, attention_mask) -> None:
     """Raises ValueError where the cache is not that of this model, or the tokens do not continue it: before any layer has taken
     something in, so that the cache stays as it was.
 
-    mask: the MultipoleMask, or None where exact attention or attention weights are asked for; unmasked: there is no attention_mask.
+    mask: the MultipoleMask, or None where exact attention or attention weights are asked for; tensor_mask: that of tensor layers, or
+    None where there are none; attention_mask: as the model was given it.
     """
     config = model.config
     attentions = attentions[: config.num_hidden_layers]
@@ -212,10 +219,17 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
         )
     if len({layer.get_seq_length() for layer in cache.layers[: len(attentions)]}) > 1:
         raise ValueError(OUT_OF_STEP)
-    for i, new in enumerate(mask.new_tokens if mask is not None and unmasked else ()):
+    rows = tensor_mask if mask is None else mask
+    for i, new in enumerate(rows.new_tokens if rows is not None and attention_mask is None else ()):
         if new.position is None:
             raise ValueError(f"position_ids of row {i} do not go up by one: packed rows have no cache; pass use_cache=False")
+    if tensor_mask is not None and attention_mask is not None:
+        check_rows(attention_mask, None)
     for attention, layer in zip(attentions, cache.layers):
+        if _is_tensor(layer):
+            if attention.layer_type != layer._layer_type:
+                raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
+            layer.check_mask(tensor_mask)
         state = getattr(layer, "state", None)
         if state is None:
             continue
@@ -319,6 +333,8 @@ class MultipoleCache(DynamicCache):
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
                 layer.state.check_take_back(count)
+            elif _is_tensor(layer):
+                layer.check_crop(count)
         super().crop(-count)
 
     @property
@@ -344,6 +360,11 @@ class MultipoleCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in _tensors(layer).items()}
             state = getattr(layer, "state", None)
+            if getattr(layer, "sums", None) is not None:
+                raise ValueError(
+                    f"layer {i} of the cache holds the sums of tensor_method='polynomial', which cannot be saved: save the tokens, and "
+                    "read them again"
+                )
             if state is None and not isinstance(layer, DynamicLayer):
                 raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be saved")
             layers.append({"seen": layer.get_seq_length()} if state is None else state.description())
@@ -385,6 +406,8 @@ class MultipoleCache(DynamicCache):
                 layer.update(own["keys"], own["values"])
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = description["seen"]
+                elif _is_tensor(layer):
+                    layer.seen = description["seen"]
             else:
                 layer.state, layer.is_initialized = MultipoleState.restored(description, own), True
                 layer.rollback = layer.state.spare * layer.state.block_size
@@ -396,4 +419,6 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     state = getattr(layer, "state", None)
     if state is not None:
         return state.tensors()
+    if getattr(layer, "sums", None) is not None:
+        return {"sums": layer.sums}
     return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}

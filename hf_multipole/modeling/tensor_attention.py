@@ -7,7 +7,7 @@ import torch
 
 from .hierarchy import check_rows
 from .multipole_attention import _check_arguments as check_attention
-from .polynomial_attention import MAX_DEGREE, Approximation, BoundViolation, Certificate, approximate, attend, certify
+from .polynomial_attention import MAX_DEGREE, TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
 from .summaries import compute_dtype
 from .tensor_torch import stretches, tensor_tiles
 
@@ -36,7 +36,7 @@ def tensor_attention(
     dropout_p: float = 0.0,
     degree: int | None = None,
     entry_bound: float | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     on_violation: str = "raise",
     return_certificate: bool = False,
     backend: str = "auto",
@@ -80,7 +80,7 @@ def tensor_attention(
         BoundViolation: a ValueError; see on_violation.
     """
     _check_tensors(q, keys, values, attention_mask, segment_ids, scale, dropout_p)
-    _check_options(len(keys), method, window, dropout_p, degree, entry_bound, tolerance, on_violation, return_certificate, backend)
+    check_options(len(keys), method, window, dropout_p, degree, entry_bound, tolerance, on_violation, return_certificate, backend)
     if torch.is_autocast_enabled(q.device.type):
         kind = torch.get_autocast_dtype(q.device.type)
         q, keys, values = q.to(kind), [k.to(kind) for k in keys], [v.to(kind) for v in values]
@@ -176,7 +176,18 @@ def _check_tensors(q, keys, values, attention_mask, segment_ids, scale, dropout_
     check_attention(q, keys[0], values[0], None, attention_mask, segment_ids, None, None, scale, dropout_p)
 
 
-def _check_options(indices, method, window, dropout_p, degree, entry_bound, tolerance, on_violation, return_certificate, backend) -> None:
+def check_options(
+    indices,
+    method,
+    window=None,
+    dropout_p=0.0,
+    degree=None,
+    entry_bound=None,
+    tolerance=TOLERANCE,
+    on_violation="raise",
+    return_certificate=False,
+    backend="auto",
+) -> None:
     for name, value, allowed in (
         ("method", method, ("exact", "polynomial")),
         ("on_violation", on_violation, ("raise", "exact")),

@@ -1,0 +1,184 @@
+"""Cache layers of tensor attention: all keys, those of a window, or the sums of the polynomial."""
+
+import torch
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from .attention_masks import MultipoleMask
+from .cache_multipole import ROLLBACK, PastTokens, to_take_back
+from .polynomial_attention import Approximation, attend, feature_count
+from .state_multipole import NewTokens
+
+
+class TensorLayer(DynamicLayer):
+    """Cache layer of tensor attention, which DynamicCache makes from ``config.layer_types``.
+
+    Keys and values of all indices are kept side by side, as heads. Where ``update`` is given a ``window``, only its last tokens are,
+    and ``rollback`` more that allow to go back. For the polynomial the tokens are summed up instead, in ``sums`` ``(indices, batch,
+    kv_heads, features, value_dim + 1)`` float64: the size does not depend on the length, and no token can be taken back.
+    """
+
+    _layer_type = "tensor_attention"
+    supports_early_init = False
+    rollback = ROLLBACK
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0  # columns, padding included
+        self.keys = self.values = self.window = None
+        self.is_initialized = False
+        self.sums: torch.Tensor | None = None
+        self.approximation: Approximation | None = None
+        self.counts: list[int] = []  # real tokens of each row that are in the sums
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.sums is None
+
+    # Its numbers change at every step, and must not become part of compiled code.
+    @torch.compiler.disable
+    def update(self, key_states, value_states, *args, window: int | None = None, sums: bool = False, **kwargs):
+        """Keys and values for the attention function; with ``sums``, it takes a :class:`PastTokens` in place of keys."""
+        if sums:
+            if self.is_initialized and self.sums is None:
+                raise ValueError("the cache holds the keys of exact tensor attention, but tensor_method is 'polynomial'; use a new cache")
+            return PastTokens(self, key_states), value_states
+        if self.sums is not None:
+            raise ValueError("the cache holds the sums of tensor_method='polynomial', but keys are asked for; use a new cache")
+        if self.is_initialized and self.keys.shape[:2] != key_states.shape[:2]:
+            raise ValueError(
+                f"the cache holds {self.keys.shape[0]} rows of {self.keys.shape[1]} heads of keys, but is given "
+                f"{key_states.shape[0]} of {key_states.shape[1]}; use a new cache"
+            )
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.seen, self.window = self.seen + key_states.shape[2], window
+        if window is not None:
+            kept = max(0, keys.shape[2] - (window - 1 + self.rollback))
+            # A copy: a view would keep the dropped tokens alive.
+            self.keys, self.values = (x[:, :, kept:].clone() if kept else x for x in (keys, values))
+        return keys, values
+
+    @torch.compiler.disable
+    def attend(self, q, keys, values, new: list[NewTokens], approximation: Approximation) -> torch.Tensor:
+        """Near-linear attention of new tokens to all so far, which they join.
+
+        q: ``(batch, heads, queries, dim)``; keys and values: ``(indices, batch, kv_heads, queries, dim)``; new: which of the columns
+        are tokens, row by row. Returns ``(batch, heads, queries, value_dim)``, zeros at padding.
+        """
+        self._check(keys, values, approximation)
+        (indices, batch, kv_heads, _, dim), width = keys.shape, values.shape[-1] + 1
+        if self.sums is None:
+            features = feature_count(dim, len(approximation.coefficients) - 1)
+            sums = q.new_zeros(indices, batch, kv_heads, features, width, dtype=torch.float64)
+        else:
+            sums = self.sums.clone()
+        out = q.new_zeros(*q.shape[:3], values.shape[-1])
+        for start, count in {(row.start, row.count) for row in new if row.count}:
+            rows = torch.tensor([i for i, row in enumerate(new) if (row.start, row.count) == (start, count)], device=q.device)
+            part = slice(start, start + count)
+            tokens = q[rows, :, part], keys[:, rows, :, part], values[:, rows, :, part]
+            found, after = attend(*tokens, approximation, causal=True, state=sums[:, rows])
+            out[rows, :, part] = found
+            sums[:, rows] = after
+        counts = self.counts or [0] * batch
+        # After all that can fail.
+        self.counts = [count + row.count for count, row in zip(counts, new)]
+        self.sums, self.approximation, self.is_initialized = sums, approximation, True
+        self.seen += q.shape[2]
+        return out
+
+    def _check(self, keys, values, approximation) -> None:
+        if self.sums is None:
+            return
+        indices, batch, kv_heads = keys.shape[:3]
+        held = (*self.sums.shape[:3], self.sums.shape[-1] - 1, self.approximation)
+        if held != (indices, batch, kv_heads, values.shape[-1], approximation):
+            raise ValueError(
+                f"the cache holds sums of (indices, rows, key heads, value width) {held[:4]} and entries up to "
+                f"{self.approximation.entry_bound}, but is given {(indices, batch, kv_heads, values.shape[-1])} and entries up to "
+                f"{approximation.entry_bound}, or another degree; use a new cache"
+            )
+
+    def check_mask(self, mask: MultipoleMask) -> None:
+        """Raises ValueError where the mask of all tokens so far contradicts the sums."""
+        if self.sums is None:
+            return
+        if mask.attention_mask is None:
+            found = [self.seen] * mask.batch
+        else:
+            found = mask.attention_mask[:, : self.seen].sum(1).tolist()
+        if found != self.counts:
+            raise ValueError(
+                f"attention_mask contradicts the cache: its rows have {found} tokens before the new ones, but {self.counts} were read; "
+                "pass the mask of all tokens so far"
+            )
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def check_crop(self, tokens: int) -> None:
+        """Raises ValueError where ``tokens`` cannot be taken back."""
+        if tokens and self.sums is not None:
+            raise ValueError(
+                "tensor_method='polynomial' keeps sums, from which no token can be taken back (crop, assisted decoding): read the text "
+                "that is to be kept into a new cache"
+            )
+        if tokens > self.seen:
+            raise ValueError(f"the cache has seen {self.seen} tokens and cannot take back {tokens}")
+        if self.is_initialized and self.sums is None and self.keys.shape[2] < self.seen:
+            spare = self.keys.shape[2] - (self.window - 1) if self.window else 0
+            if tokens > spare:
+                raise ValueError(
+                    f"the cache can take back {spare} more tokens, but {tokens} were asked for: older keys are dropped. "
+                    f"MultipoleCache(config=model.config, rollback={tokens}) keeps more"
+                )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back ``-tokens_to_remove`` tokens; a positive number is the length to keep, as in Transformers before 5.23."""
+        count = to_take_back(tokens_to_remove, self.seen)
+        self.check_crop(count)
+        if count:
+            super().crop(-count)
+            self.seen -= count
+
+    def reset(self) -> None:
+        self._clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx) if self.sums is None else self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices) if self.sums is None else self._select(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.sums is None:
+            return super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(len(self.counts)).repeat_interleave(repeats))
+
+    def _select(self, index: torch.Tensor) -> None:
+        index = torch.arange(len(self.counts))[index.cpu()]
+        self.sums = self.sums.index_select(1, index.to(self.sums.device))
+        self.counts = [self.counts[row] for row in index.tolist()]
+
+    # Sums are small: they stay on their device.
+    def offload(self) -> None:
+        if self.sums is None:
+            super().offload()
+
+    def prefetch(self) -> None:
+        if self.sums is None:
+            super().prefetch()
+
+
+class TensorStaticLayer(StaticLayer):
+    """Says what to use instead."""
+
+    _layer_type = "tensor_attention"
+
+    def __init__(self, *args, **kwargs):
+        raise ValueError("tensor attention has no static cache: leave out cache_implementation='static'; windows and sums are small anyway")
