@@ -223,13 +223,17 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
     for i, new in enumerate(rows.new_tokens if rows is not None and attention_mask is None else ()):
         if new.position is None:
             raise ValueError(f"position_ids of row {i} do not go up by one: packed rows have no cache; pass use_cache=False")
-    if tensor_mask is not None and attention_mask is not None:
-        check_rows(attention_mask, None)
+    read = []
+    if tensor_mask is not None:
+        read = [cache.get_seq_length()] * tensor_mask.batch
+        if attention_mask is not None:
+            check_rows(attention_mask, None)
+            read = attention_mask[:, : read[0]].sum(1).tolist()
     for attention, layer in zip(attentions, cache.layers):
         if _is_tensor(layer):
             if attention.layer_type != layer._layer_type:
                 raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
-            layer.check_mask(tensor_mask)
+            layer.check_read(read)
         state = getattr(layer, "state", None)
         if state is None:
             continue
@@ -368,6 +372,8 @@ class MultipoleCache(DynamicCache):
             if state is None and not isinstance(layer, DynamicLayer):
                 raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be saved")
             layers.append({"seen": layer.get_seq_length()} if state is None else state.description())
+            if _is_tensor(layer):
+                layers[-1]["window"] = layer.window
         metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
         # A name of its own, so that a half-written file is never taken for a whole one.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -407,7 +413,7 @@ class MultipoleCache(DynamicCache):
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = description["seen"]
                 elif _is_tensor(layer):
-                    layer.seen = description["seen"]
+                    layer.seen, layer.window = description["seen"], description["window"]
             else:
                 layer.state, layer.is_initialized = MultipoleState.restored(description, own), True
                 layer.rollback = layer.state.spare * layer.state.block_size

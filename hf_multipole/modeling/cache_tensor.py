@@ -3,7 +3,6 @@
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .attention_masks import MultipoleMask
 from .cache_multipole import ROLLBACK, PastTokens, to_take_back
 from .polynomial_attention import Approximation, attend, feature_count
 from .state_multipole import NewTokens
@@ -14,7 +13,8 @@ class TensorLayer(DynamicLayer):
 
     Keys and values of all indices are kept side by side, as heads. Where ``update`` is given a ``window``, only its last tokens are,
     and ``rollback`` more that allow to go back. For the polynomial the tokens are summed up instead, in ``sums`` ``(indices, batch,
-    kv_heads, features, value_dim + 1)`` float64: the size does not depend on the length, and no token can be taken back.
+    kv_heads, features, value_dim + 1)`` float64: the size does not depend on the length, no token can be taken back, and no
+    gradient passes through.
     """
 
     _layer_type = "tensor_attention"
@@ -52,6 +52,8 @@ class TensorLayer(DynamicLayer):
                 f"the cache holds {self.keys.shape[0]} rows of {self.keys.shape[1]} heads of keys, but is given "
                 f"{key_states.shape[0]} of {key_states.shape[1]}; use a new cache"
             )
+        if self.window is not None and window != self.window and self.keys.shape[2] < self.seen:
+            raise ValueError(f"the cache keeps a window of {self.window} tokens, but {window or 'all'} are asked for; use a new cache")
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.seen, self.window = self.seen + key_states.shape[2], window
         if window is not None:
@@ -101,17 +103,11 @@ class TensorLayer(DynamicLayer):
                 f"{approximation.entry_bound}, or another degree; use a new cache"
             )
 
-    def check_mask(self, mask: MultipoleMask) -> None:
-        """Raises ValueError where the mask of all tokens so far contradicts the sums."""
-        if self.sums is None:
-            return
-        if mask.attention_mask is None:
-            found = [self.seen] * mask.batch
-        else:
-            found = mask.attention_mask[:, : self.seen].sum(1).tolist()
-        if found != self.counts:
+    def check_read(self, counts: list[int]) -> None:
+        """counts: tokens of each row before the new ones, by the mask of all so far. Raises ValueError where others were summed."""
+        if self.sums is not None and counts != self.counts:
             raise ValueError(
-                f"attention_mask contradicts the cache: its rows have {found} tokens before the new ones, but {self.counts} were read; "
+                f"attention_mask contradicts the cache: its rows have {counts} tokens before the new ones, but {self.counts} were read; "
                 "pass the mask of all tokens so far"
             )
 
