@@ -407,9 +407,10 @@ def test_a_static_cache_is_refused_clearly():
         generate(build(layer_types=TENSOR), tokens(n=5), cache_implementation="static")
 
 
-def test_dropout_on_sums():
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_polynomial_has_no_dropout(use_cache):
     model, ids = build(layer_types=TENSOR, **POLYNOMIAL), tokens(n=N)
-    _, cache = run(model, ids, [20])
+    cache = run(model, ids, [20])[1] if use_cache else None
     model.config.attention_dropout = 0.5
-    with pytest.raises(ValueError, match="a generation state has no dropout"):
+    with pytest.raises(ValueError, match="dropout_p belongs to method='exact'"):
         model.train()(ids[:, 20:], past_key_values=cache)

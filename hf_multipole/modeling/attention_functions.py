@@ -10,7 +10,7 @@ from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
-from .tensor_attention import tensor_attention
+from .tensor_attention import check_options, document_attention
 
 # What other models pass for features that this attention does not have; None or False means that the feature is off.
 _UNSUPPORTED = {
@@ -277,20 +277,18 @@ def tensor_attention_forward(
         raise ValueError("output_attentions is not supported by tensor layers, which weigh tuples of tokens; leave it out")
     if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
         raise ValueError("cu_seq_lens_q needs use_cache=False and no attention_mask in models with tensor layers")
+    check_options(module.indices, dropout_p=dropout, **module.options)
     past, mask = getattr(key, "layer", None), attention_mask
     if past is not None:
-        if dropout:
-            raise ValueError(NO_DROPOUT)
         return _attend_sums(module, past, query, key.new, value, mask).transpose(1, 2).contiguous(), None
-    n = key.shape[2]
-    kept = [None if x is None else x[:, -n:] for x in (mask.attention_mask, mask.segment_ids)]
-    out = tensor_attention(
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    out = document_attention(
         query,
         key.chunk(module.indices, 1),
         value.chunk(module.indices, 1),
+        None if mask.documents is None else mask.documents[:, -key.shape[2] :],
         causal=mask.causal,
-        attention_mask=kept[0],
-        segment_ids=kept[1],
         scale=scaling,
         dropout_p=dropout,
         **module.options,

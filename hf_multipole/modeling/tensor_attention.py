@@ -12,7 +12,7 @@ from .summaries import compute_dtype
 from .tensor_torch import stretches, tensor_tiles
 
 
-def _document_numbers(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor | None:
+def document_numbers(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor | None:
     """``(batch, n)``: different for the documents of a row that touch each other, -1 at padding."""
     if attention_mask is None and segment_ids is None:
         return None
@@ -84,9 +84,43 @@ def tensor_attention(
     if torch.is_autocast_enabled(q.device.type):
         kind = torch.get_autocast_dtype(q.device.type)
         q, keys, values = q.to(kind), [k.to(kind) for k in keys], [v.to(kind) for v in values]
-    document = _document_numbers(attention_mask, segment_ids)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return document_attention(
+        q,
+        keys,
+        values,
+        document_numbers(attention_mask, segment_ids),
+        method=method,
+        causal=causal,
+        window=window,
+        scale=scale,
+        dropout_p=dropout_p,
+        degree=degree,
+        entry_bound=entry_bound,
+        tolerance=tolerance,
+        on_violation=on_violation,
+        return_certificate=return_certificate,
+    )
 
+
+def document_attention(
+    q,
+    keys,
+    values,
+    document: torch.Tensor | None,
+    *,
+    method,
+    causal,
+    window=None,
+    scale=None,
+    dropout_p=0.0,
+    degree=None,
+    entry_bound=None,
+    tolerance=TOLERANCE,
+    on_violation="raise",
+    return_certificate=False,
+):
+    """:func:`tensor_attention` of checked arguments in one dtype; document: as from :func:`document_numbers`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if method == "polynomial":
         real = None if document is None else document >= 0
         try:
