@@ -349,7 +349,8 @@ class MultipoleCache(DynamicCache):
     def save(self, path: str | os.PathLike) -> None:
         """Writes the state to a safetensors file, with the fingerprint of its model; a file that is there is replaced at the end.
 
-        Raises ValueError where there is nothing to save, FileNotFoundError where there is no such folder.
+        Raises ValueError where there is nothing to save, or what cannot be saved (sums of ``tensor_method="polynomial"``),
+        FileNotFoundError where there is no such folder.
         """
         model, path = None if self._model is None else self._model(), Path(path)
         if not self.get_seq_length():
