@@ -107,6 +107,17 @@ def test_low_precision_is_as_good_as_the_full_forward(kind, dtype):
     assert 0 < steps < 2 * one
 
 
+@pytest.mark.parametrize("kind", [{}, WINDOW, POLYNOMIAL])
+def test_autocast(kind):
+    """Steps within it, on a cache that was filled outside, are as good as a full forward within it."""
+    model, ids = build(layer_types=TENSOR, dtype=torch.float32, **kind), tokens(n=N)
+    exact, (_, cache) = full(model, ids), run(model, ids, [10])
+    with torch.autocast("cpu", torch.bfloat16):
+        one, steps = full(model, ids), run(model, ids, [1] * 20, cache=cache)[0]
+    one, steps = ((x[:, -20:] - exact[:, -20:]).square().mean().sqrt() for x in (one, steps))
+    assert 0 < steps < 2 * one
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_caches_of_other_kinds_keep_all_keys(kind):
     model, ids = build(layer_types=TENSOR, **kind), tokens(n=N)

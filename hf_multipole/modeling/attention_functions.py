@@ -242,12 +242,10 @@ def _attend_sums(module, layer, query, key, value, mask: MultipoleMask) -> torch
     """Attention on the sums that a cache layer keeps."""
     if mask.length != layer.get_seq_length() + query.shape[2]:
         raise ValueError(OUT_OF_STEP)
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    wide = compute_dtype(dtype)
-    keys, values = (torch.stack(x.chunk(module.indices, 1)).to(dtype).to(wide) for x in (key, value))
-    out = layer.attend(query.to(dtype).to(wide), keys, values, mask.new_tokens, module.approximation(dtype))
-    return out.to(dtype)
+    wide = compute_dtype(query.dtype)
+    keys, values = (torch.stack(x.chunk(module.indices, 1)).to(wide) for x in (key, value))
+    out = layer.attend(query.to(wide), keys, values, mask.new_tokens, module.approximation(query.dtype))
+    return out.to(query.dtype)
 
 
 def tensor_attention_forward(
