@@ -349,8 +349,7 @@ class MultipoleCache(DynamicCache):
     def save(self, path: str | os.PathLike) -> None:
         """Writes the state to a safetensors file, with the fingerprint of its model; a file that is there is replaced at the end.
 
-        Raises ValueError where there is nothing to save, or what cannot be saved (sums of ``tensor_method="polynomial"``),
-        FileNotFoundError where there is no such folder.
+        Raises ValueError where there is nothing to save, FileNotFoundError where there is no such folder.
         """
         model, path = None if self._model is None else self._model(), Path(path)
         if not self.get_seq_length():
@@ -365,16 +364,10 @@ class MultipoleCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in _tensors(layer).items()}
             state = getattr(layer, "state", None)
-            if getattr(layer, "sums", None) is not None:
-                raise ValueError(
-                    f"layer {i} of the cache holds the sums of tensor_method='polynomial', which cannot be saved: save the tokens, and "
-                    "read them again"
-                )
             if state is None and not isinstance(layer, DynamicLayer):
                 raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be saved")
-            layers.append({"seen": layer.get_seq_length()} if state is None else state.description())
-            if _is_tensor(layer):
-                layers[-1]["window"] = layer.window
+            described = layer if _is_tensor(layer) else state
+            layers.append({"seen": layer.get_seq_length()} if described is None else described.description())
         metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
         # A name of its own, so that a half-written file is never taken for a whole one.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -408,13 +401,13 @@ class MultipoleCache(DynamicCache):
         cache.bind(model)
         for i, (layer, description) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
             own = {name.split(".")[1]: x for name, x in tensors.items() if name.split(".")[0] == str(i)}
-            if "rows" not in description:
+            if _is_tensor(layer):
+                layer.restore(description, own)
+            elif "rows" not in description:
                 layer.always = False  # all keys, as they were kept
                 layer.update(own["keys"], own["values"])
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = description["seen"]
-                elif _is_tensor(layer):
-                    layer.seen, layer.window = description["seen"], description["window"]
             else:
                 layer.state, layer.is_initialized = MultipoleState.restored(description, own), True
                 layer.rollback = layer.state.spare * layer.state.block_size
@@ -426,6 +419,6 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     state = getattr(layer, "state", None)
     if state is not None:
         return state.tensors()
-    if getattr(layer, "sums", None) is not None:
-        return {"sums": layer.sums}
+    if _is_tensor(layer):
+        return layer.tensors()
     return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}

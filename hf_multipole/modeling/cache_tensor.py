@@ -30,7 +30,7 @@ class TensorLayer(DynamicLayer):
         self.keys = self.values = self.window = None
         self.is_initialized = False
         self.sums: torch.Tensor | None = None
-        self.approximation: Approximation | None = None
+        self.entry_bound: float | None = None  # what keys are divided by before they are summed
         self.counts: list[int] = []  # real tokens of each row that are in the sums
 
     @property
@@ -87,20 +87,20 @@ class TensorLayer(DynamicLayer):
         counts = self.counts or [0] * batch
         # After all that can fail.
         self.counts = [count + row.count for count, row in zip(counts, new)]
-        self.sums, self.approximation, self.is_initialized = sums, approximation, True
+        self.sums, self.entry_bound, self.is_initialized = sums, approximation.entry_bound, True
         self.seen += q.shape[2]
         return out
 
     def _check(self, keys, values, approximation) -> None:
         if self.sums is None:
             return
-        indices, batch, kv_heads = keys.shape[:3]
-        held = (*self.sums.shape[:3], self.sums.shape[-1] - 1, self.approximation)
-        if held != (indices, batch, kv_heads, values.shape[-1], approximation):
+        degree = len(approximation.coefficients) - 1
+        held = (*self.sums.shape[:4], self.sums.shape[-1] - 1, self.entry_bound)
+        given = (*keys.shape[:3], feature_count(keys.shape[-1], degree), values.shape[-1], approximation.entry_bound)
+        if held != given:
             raise ValueError(
-                f"the cache holds sums of (indices, rows, key heads, value width) {held[:4]} and entries up to "
-                f"{self.approximation.entry_bound}, but is given {(indices, batch, kv_heads, values.shape[-1])} and entries up to "
-                f"{approximation.entry_bound}, or another degree; use a new cache"
+                "the cache was filled by another model, or other rows: it holds (indices, rows, key heads, features, value width, entry "
+                f"bound) {held}, but is given {given}; use a new cache"
             )
 
     def check_read(self, counts: list[int]) -> None:
@@ -116,6 +116,23 @@ class TensorLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self.sums is not None:
+            return {"sums": self.sums}
+        return {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+
+    def description(self) -> dict:
+        """All but the tensors, as plain numbers; :meth:`restore` takes it back."""
+        return {name: getattr(self, name) for name in ("seen", "window", "entry_bound", "counts")}
+
+    def restore(self, description: dict, tensors: dict[str, torch.Tensor]) -> None:
+        vars(self).update(description)
+        if "sums" in tensors:
+            self.sums, self.is_initialized = tensors["sums"], True
+        else:
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+            self.keys, self.values = tensors["keys"], tensors["values"]
 
     def check_crop(self, tokens: int) -> None:
         """Raises ValueError where ``tokens`` cannot be taken back."""
