@@ -233,7 +233,7 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
         if _is_tensor(layer):
             if attention.layer_type != layer._layer_type:
                 raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
-            layer.check_read(read)
+            layer.check(attention, read)
         state = getattr(layer, "state", None)
         if state is None:
             continue

@@ -42,18 +42,7 @@ class TensorLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, window: int | None = None, sums: bool = False, **kwargs):
         """Keys and values for the attention function; with ``sums``, it takes a :class:`PastTokens` in place of keys."""
         if sums:
-            if self.is_initialized and self.sums is None:
-                raise ValueError("the cache holds the keys of exact tensor attention, but tensor_method is 'polynomial'; use a new cache")
             return PastTokens(self, key_states), value_states
-        if self.sums is not None:
-            raise ValueError("the cache holds the sums of tensor_method='polynomial', but keys are asked for; use a new cache")
-        if self.is_initialized and self.keys.shape[:2] != key_states.shape[:2]:
-            raise ValueError(
-                f"the cache holds {self.keys.shape[0]} rows of {self.keys.shape[1]} heads of keys, but is given "
-                f"{key_states.shape[0]} of {key_states.shape[1]}; use a new cache"
-            )
-        if self.window is not None and window != self.window and self.keys.shape[2] < self.seen:
-            raise ValueError(f"the cache keeps a window of {self.window} tokens, but {window or 'all'} are asked for; use a new cache")
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.seen, self.window = self.seen + key_states.shape[2], window
         if window is not None:
@@ -69,7 +58,6 @@ class TensorLayer(DynamicLayer):
         q: ``(batch, heads, queries, dim)``; keys and values: ``(indices, batch, kv_heads, queries, dim)``; new: which of the columns
         are tokens, row by row. Returns ``(batch, heads, queries, value_dim)``, zeros at padding.
         """
-        self._check(keys, values, approximation)
         (indices, batch, kv_heads, _, dim), width = keys.shape, values.shape[-1] + 1
         if self.sums is None:
             features = feature_count(dim, len(approximation.coefficients) - 1)
@@ -91,20 +79,32 @@ class TensorLayer(DynamicLayer):
         self.seen += q.shape[2]
         return out
 
-    def _check(self, keys, values, approximation) -> None:
-        if self.sums is None:
+    def check(self, attention, counts: list[int]) -> None:
+        """Raises ValueError where what is kept is not that of the attention module, or of its batch.
+
+        counts: tokens of each row before the new ones, by the mask of all tokens so far.
+        """
+        if not self.is_initialized:
             return
-        degree = len(approximation.coefficients) - 1
-        held = (*self.sums.shape[:4], self.sums.shape[-1] - 1, self.entry_bound)
-        given = (*keys.shape[:3], feature_count(keys.shape[-1], degree), values.shape[-1], approximation.entry_bound)
+        config, window = attention.config, attention.kept_tokens
+        method = "exact" if self.sums is None else "polynomial"
+        if method != config.tensor_method:
+            raise ValueError(f"the cache was filled with tensor_method={method!r}, not {config.tensor_method!r}; use a new cache")
+        indices, kv_heads, rows = attention.indices, config.num_key_value_heads, len(counts)
+        if self.sums is None:
+            what, held = "rows, key heads, key width, value width", (*self.keys.shape[:2], self.keys.shape[3], self.values.shape[3])
+            given = rows, indices * kv_heads, attention.score_dim, attention.head_dim
+        else:
+            what = "indices, rows, key heads, features, value width, entry bound"
+            held = (*self.sums.shape[:4], self.sums.shape[4] - 1, self.entry_bound)
+            features = feature_count(attention.score_dim, len(attention.approximation(torch.float32).coefficients) - 1)
+            given = indices, rows, kv_heads, features, attention.head_dim, config.tensor_entry_bound
         if held != given:
             raise ValueError(
-                "the cache was filled by another model, or other rows: it holds (indices, rows, key heads, features, value width, entry "
-                f"bound) {held}, but is given {given}; use a new cache"
+                f"the cache was filled by another model, or other rows: it holds ({what}) {held}, but is given {given}; use a new cache"
             )
-
-    def check_read(self, counts: list[int]) -> None:
-        """counts: tokens of each row before the new ones, by the mask of all so far. Raises ValueError where others were summed."""
+        if self.sums is None and window != self.window and self.keys.shape[2] < self.seen:
+            raise ValueError(f"the cache keeps a window of {self.window} tokens, but {window or 'all'} are asked for; use a new cache")
         if self.sums is not None and counts != self.counts:
             raise ValueError(
                 f"attention_mask contradicts the cache: its rows have {counts} tokens before the new ones, but {self.counts} were read; "
