@@ -27,13 +27,17 @@ EVERY_FIELD = dict(
     attention_dropout=0.1,
     classifier_dropout=0.2,
     is_causal=False,
-    layer_types=["full_attention", "multipole_attention", "multipole_attention"],
+    layer_types=["full_attention", "multipole_attention", "tensor_attention"],
     block_size=16,
     rank=2,
     summary="direct",
     size_weighting=False,
     far_bias_init=-3,
     rotate_summaries=True,
+    tensor_order=4,
+    tensor_window=[3, None, 20],
+    tensor_entry_bound=1.5,
+    tensor_score_dim=5,
     pad_token_id=4,
     bos_token_id=5,
     eos_token_id=[6, 7],
@@ -72,12 +76,15 @@ def test_round_trip(tmp_path):
 
 def test_every_field_reaches_the_model():
     model = MultipoleModel(MultipoleConfig(**EVERY_FIELD))
-    full, multipole = model.layers[0].self_attn, model.layers[1].self_attn
+    full, multipole, tensor = (layer.self_attn for layer in model.layers)
     assert multipole.q_proj.weight.shape == (60, 48) and multipole.k_proj.weight.shape == (20, 48)
     assert multipole.q_proj.bias is not None and multipole.o_proj.weight.shape == (48, 60)
     assert not hasattr(full, "far_field")
     assert multipole.far_field.far_bias.shape == (6, level_count(512, 16)) and (multipole.far_field.far_bias == -3).all()
     assert [weight.shape for weight in multipole.far_field.value_summary.levels][1] == (2, 2, 32, 10)
+    assert tensor.q_proj.weight.shape == (30, 48) and tensor.k_proj.weight.shape == (30, 48) and tensor.v_proj.weight.shape == (60, 48)
+    assert tensor.k_norm.weight.shape == (6, 1, 5) and tensor.q_norm.bound == 1.5 and tensor.k_proj.bias is not None
+    assert tensor.options == {"method": "exact", "window": [3, None, 20]}
     assert model.layers[0].mlp.gate_proj.weight.shape == (80, 48) and model.norm.eps == 1e-5
 
 

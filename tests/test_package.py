@@ -22,6 +22,7 @@ MODELING = Path(hf_multipole.__file__).parent / "modeling"
 FILES = sorted(path for path in MODELING.glob("*.py") if path.name != "__init__.py")
 # The files that speak to Transformers. All others are mathematics, and know torch alone.
 INTERFACE = {"attention_functions", "attention_masks", "cache_multipole", "configuration_multipole", "far_field", "modeling_multipole"}
+INTERFACE |= {"cache_tensor", "modeling_tensor"}
 
 
 def run(script: str, *arguments, cwd) -> str:
@@ -97,7 +98,7 @@ import hf_multipole
 logits_after, after = state()
 assert torch.equal(logits, logits_after) and before == after
 for kind, mapping in registries().items():
-    assert set(mapping) - set(registered[kind]) == {"multipole"}
+    assert set(mapping) - set(registered[kind]) == {"multipole", "tensor"}
     assert all(mapping[name] is function for name, function in registered[kind].items())
 print("untouched")
 """
@@ -118,7 +119,15 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("remote") / "tiny_multipole"
     torch.manual_seed(0)
     config = MultipoleConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, block_size=8, rank=2, max_position_embeddings=128
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        layer_types=["multipole_attention", "tensor_attention", "full_attention"],
+        block_size=8,
+        rank=2,
+        tensor_window=[4, 16],
+        max_position_embeddings=128,
     )
     model = MultipoleForCausalLM(config).eval()
     with torch.no_grad():

@@ -79,6 +79,15 @@ def test_a_causal_run(texts, tmp_path, seen):
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == 100
 
 
+def test_a_run_of_a_hybrid_with_tensor_layers(texts, tmp_path):
+    """There is no picture of the weights of tuples of tokens."""
+    config = "{hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, block_size: 8, rank: 2, tensor_window: [4, 16], "
+    config += "layer_types: [multipole_attention, tensor_attention]}"
+    train(arguments(texts, tmp_path / "run", "--max_steps", "2", "--save_strategy", "no", config=config), plots=True)
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"scaling.png", "modeling_tensor.py", "cache_tensor.py"} <= written and "attention.png" not in written
+
+
 def test_the_exact_loss_of_a_run(texts, tmp_path, seen):
     """Perplexity and loss are those of all predicted tokens together, worked out here one row at a time."""
     train(arguments(texts, tmp_path / "run", *STEPS, "--document_boundaries", "true", "--per_device_eval_batch_size", "2"))

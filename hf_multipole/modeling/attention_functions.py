@@ -1,4 +1,4 @@
-"""Multipole attention as an attention implementation of Transformers: the attention function."""
+"""Multipole and tensor attention as attention implementations of Transformers: the attention functions."""
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from .configuration_multipole import attention_options
 from .hierarchy import level_count
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
+from .tensor_attention import check_options, document_attention
 
 # What other models pass for features that this attention does not have; None or False means that the feature is off.
 _UNSUPPORTED = {
@@ -233,21 +234,93 @@ def multipole_attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def register() -> None:
-    """Makes "multipole" known to Transformers. Doing it again changes nothing: this file may also be loaded from a checkpoint, and
-    masks must come from the same copy of it as the attention function, for models that are already there too.
+_NOT_TENSOR = (
+    "attn_implementation='tensor' is for layers with further keys and values, which this model does not have: use the tensor_attention "
+    "layers of MultipoleConfig(layer_types=...), or another implementation"
+)
 
-    Raises ValueError where another package has taken the name.
+
+def tensor_mask(*args, config=None, **kwargs) -> MultipoleMask | WindowMask:
+    """Mask function of "tensor": as :func:`multipole_mask`, for models that have tensor layers."""
+    if "tensor_attention" not in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(_NOT_TENSOR)
+    return multipole_mask(*args, config=config, **kwargs)
+
+
+@torch.compiler.disable
+def _attend_sums(module, layer, query, key, value, mask: MultipoleMask) -> torch.Tensor:
+    """Attention on the sums that a cache layer keeps."""
+    if mask.length != layer.get_seq_length() + query.shape[2]:
+        raise ValueError(OUT_OF_STEP)
+    wide = compute_dtype(query.dtype)
+    keys, values = (torch.stack(x.chunk(module.indices, 1)).to(wide) for x in (key, value))
+    out = layer.attend(query.to(wide), keys, values, mask.new_tokens, module.approximation(query.dtype))
+    return out.to(query.dtype)
+
+
+def tensor_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: MultipoleMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    output_attentions: bool | None = False,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of "tensor": see :func:`tensor_attention`; its options are in ``module.options``.
+
+    Transformers' interface has room for one key and one value. Those of all ``module.indices`` indices travel in them side by side,
+    as heads: key ``(batch, indices * kv_heads, n, score_dim)`` and value ``(batch, indices * kv_heads, n, head_dim)``, the heads of
+    the first index first. So caches, which know of heads but not of indices, keep them as they are.
+
+    query: ``(batch, heads, queries, score_dim)``. n may be less than the tokens so far, where the cache kept a window; with a
+    cache that keeps sums, key is its PastTokens and value holds the new tokens.
+    Returns the output ``(batch, queries, heads, head_dim)``, and no weights.
     """
-    there = AttentionInterface().get("multipole")
-    if there is None:
-        AttentionInterface.register("multipole", multipole_attention_forward)
-        AttentionMaskInterface.register("multipole", multipole_mask)
-    elif there.__qualname__ != multipole_attention_forward.__qualname__:
-        raise ValueError(
-            f"another package has registered {there.__module__}.{there.__qualname__} as the attention implementation 'multipole': "
-            "import hf_multipole without it"
-        )
+    if not hasattr(module, "indices"):
+        raise ValueError(_NOT_TENSOR)
+    if output_attentions:
+        raise ValueError("output_attentions is not supported by tensor layers, which weigh tuples of tokens; leave it out")
+    if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
+        raise ValueError("cu_seq_lens_q needs use_cache=False and no attention_mask in models with tensor layers")
+    check_options(module.indices, dropout_p=dropout, **module.options)
+    past, mask = getattr(key, "layer", None), attention_mask
+    if past is not None:
+        return _attend_sums(module, past, query, key.new, value, mask).transpose(1, 2).contiguous(), None
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    out = document_attention(
+        query,
+        key.chunk(module.indices, 1),
+        value.chunk(module.indices, 1),
+        None if mask.documents is None else mask.documents[:, -key.shape[2] :],
+        causal=mask.causal,
+        scale=scaling,
+        dropout_p=dropout,
+        **module.options,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Makes "multipole" and "tensor" known to Transformers. Doing it again changes nothing: this file may also be loaded from a
+    checkpoint, and masks must come from the same copy of it as the attention function, for models that are already there too.
+
+    Raises ValueError where another package has taken a name.
+    """
+    functions = {"multipole": (multipole_attention_forward, multipole_mask), "tensor": (tensor_attention_forward, tensor_mask)}
+    for name, (attention, mask) in functions.items():
+        there = AttentionInterface().get(name)
+        if there is None:
+            AttentionInterface.register(name, attention)
+            AttentionMaskInterface.register(name, mask)
+        elif there.__qualname__ != attention.__qualname__:
+            raise ValueError(
+                f"another package has registered {there.__module__}.{there.__qualname__} as the attention implementation {name!r}: "
+                "import hf_multipole without it"
+            )
 
 
 register()

@@ -16,6 +16,7 @@ from transformers.masking_utils import (
 from .configuration_multipole import attention_options
 from .hierarchy import Alignment, align_rows, block_of, check_rows
 from .state_multipole import MultipoleState, NewTokens
+from .tensor_attention import document_numbers
 
 
 class _Opaque:
@@ -59,6 +60,7 @@ class MultipoleMask(_Opaque):
         return moved
 
     _alignment: Alignment | None = field(default=None, init=False, repr=False)
+    _documents: torch.Tensor | None = field(default=None, init=False, repr=False)
     _pairs: torch.Tensor | None = field(default=None, init=False, repr=False)
     _new_tokens: list[NewTokens] | None = field(default=None, init=False, repr=False)
     _past_checked: bool = field(default=False, init=False, repr=False)
@@ -70,6 +72,13 @@ class MultipoleMask(_Opaque):
                 check_rows(self.attention_mask, self.segment_ids)
             self._alignment = align_rows(self.attention_mask, self.segment_ids, block_of(self.length, self.block_size))
         return self._alignment
+
+    @property
+    def documents(self) -> torch.Tensor | None:
+        """For tensor layers: numbers of documents, -1 at padding, ``(batch, length)``; None where a row is one document."""
+        if self._documents is None:
+            self._documents = document_numbers(self.attention_mask, self.segment_ids)
+        return self._documents
 
     def pairs(self, device: torch.device) -> torch.Tensor | None:
         """``(batch or 1, 1, queries, length)`` bool for layers with exact attention, True where a query sees a key; None where

@@ -18,7 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_multipole import attention_options
-from .hierarchy import level_count
+from .hierarchy import check_rows, level_count
 from .state_multipole import MultipoleState
 from .summaries import DirectSummary, MeanSummary
 
@@ -32,7 +32,7 @@ _FORMAT = "hf_multipole state 1"
 class PastTokens(NamedTuple):
     """What a layer of the cache hands to the attention function in place of keys: its state, and the new ones."""
 
-    layer: "MultipoleLayer"
+    layer: DynamicLayer
     new: torch.Tensor
 
 
@@ -67,7 +67,13 @@ def compiled_state(cache):
     """A layer of a cache whose state is used by code that is being compiled, or None."""
     if not torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
+    if any(_is_tensor(layer) for layer in getattr(cache, "layers", ())):
+        return None  # these layers run outside of compiled code
     return next((layer for layer in getattr(cache, "layers", ()) if getattr(layer, "state", None) is not None), None)
+
+
+def _is_tensor(layer) -> bool:
+    return getattr(layer, "_layer_type", None) == "tensor_attention"
 
 
 class _StateLayer:
@@ -203,11 +209,12 @@ class MultipoleStaticLayer(StaticLayer):
 
 
 @torch.compiler.disable
-def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask, unmasked: bool) -> None:
+def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask, tensor_mask, attention_mask) -> None:
     """Raises ValueError where the cache is not that of this model, or the tokens do not continue it: before any layer has taken
     something in, so that the cache stays as it was.
 
-    mask: the MultipoleMask, or None where exact attention or attention weights are asked for; unmasked: there is no attention_mask.
+    mask: the MultipoleMask, or None where exact attention or attention weights are asked for; tensor_mask: that of tensor layers, or
+    None where there are none; attention_mask: as the model was given it.
     """
     config = model.config
     attentions = attentions[: config.num_hidden_layers]
@@ -217,10 +224,21 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
         )
     if len({layer.get_seq_length() for layer in cache.layers[: len(attentions)]}) > 1:
         raise ValueError(OUT_OF_STEP)
-    for i, new in enumerate(mask.new_tokens if mask is not None and unmasked else ()):
+    rows = tensor_mask if mask is None else mask
+    for i, new in enumerate(rows.new_tokens if rows is not None and attention_mask is None else ()):
         if new.position is None:
             raise ValueError(f"position_ids of row {i} do not go up by one: packed rows have no cache; pass use_cache=False")
+    read = []
+    if tensor_mask is not None:
+        read = [cache.get_seq_length()] * tensor_mask.batch
+        if attention_mask is not None:
+            check_rows(attention_mask, None)
+            read = attention_mask[:, : read[0]].sum(1).tolist()
     for attention, layer in zip(attentions, cache.layers):
+        if _is_tensor(layer):
+            if attention.layer_type != layer._layer_type:
+                raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
+            layer.check(attention, read)
         state = getattr(layer, "state", None)
         if state is None:
             continue
@@ -324,6 +342,8 @@ class MultipoleCache(DynamicCache):
         for layer in self.layers:
             if getattr(layer, "state", None) is not None:
                 layer.state.check_take_back(count)
+            elif _is_tensor(layer):
+                layer.check_crop(count)
         super().crop(-count)
 
     @property
@@ -351,7 +371,8 @@ class MultipoleCache(DynamicCache):
             state = getattr(layer, "state", None)
             if state is None and not isinstance(layer, DynamicLayer):
                 raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be saved")
-            layers.append({"seen": layer.get_seq_length()} if state is None else state.description())
+            described = layer if _is_tensor(layer) else state
+            layers.append({"seen": layer.get_seq_length()} if described is None else described.description())
         metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
         # A name of its own, so that a half-written file is never taken for a whole one.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -385,7 +406,9 @@ class MultipoleCache(DynamicCache):
         cache.bind(model)
         for i, (layer, description) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
             own = {name.split(".")[1]: x for name, x in tensors.items() if name.split(".")[0] == str(i)}
-            if "rows" not in description:
+            if _is_tensor(layer):
+                layer.restore(description, own)
+            elif "rows" not in description:
                 layer.always = False  # all keys, as they were kept
                 layer.update(own["keys"], own["values"])
                 if isinstance(layer, DynamicSlidingWindowLayer):
@@ -401,4 +424,6 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     state = getattr(layer, "state", None)
     if state is not None:
         return state.tensors()
+    if _is_tensor(layer):
+        return layer.tensors()
     return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}

@@ -2,14 +2,17 @@
 
 import math
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .multipole_attention import check_sizes
+from .polynomial_attention import TOLERANCE, approximate
+from .tensor_attention import check_options
 
-LAYER_TYPES = ("multipole_attention", "full_attention")
+LAYER_TYPES = ("multipole_attention", "full_attention", "tensor_attention")
 # Trainer reads a checkpoint's config.json with the base class, which knows the kinds in these lists only.
 for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     _known = getattr(configuration_utils, _names, ())
@@ -55,11 +58,12 @@ def attention_options(config: PreTrainedConfig) -> dict:
 @strict
 class MultipoleConfig(PreTrainedConfig):
     r"""Configuration of a pre-norm transformer (RMSNorm, rotary positions, gated MLP, grouped-query attention) whose layers use
-    fast multipole attention (arXiv 2310.11960) or exact attention.
+    fast multipole attention (arXiv 2310.11960), tensor attention (arXiv 2310.04064) or exact attention.
 
     Args:
         is_causal: True for a decoder; False for an encoder, in which every token sees both sides.
-        layer_types: kind of attention of each layer, "multipole_attention" or "full_attention"; all multipole by default.
+        layer_types: kind of attention of each layer, "multipole_attention", "tensor_attention" or "full_attention"; all multipole by
+            default. ``["multipole_attention"] * 3 + ["tensor_attention"]``, repeated, makes every fourth one a tensor layer.
         block_size: tokens in a block of the exact near field, and in a group of the first level.
         rank: summaries of each far group; divides block_size.
         summary: how groups are summarised: "hierarchical" (learned, any length), "direct" (learned for each level, as in the
@@ -69,6 +73,15 @@ class MultipoleConfig(PreTrainedConfig):
             the far field does not drown the near one before its summaries mean something.
         rotate_summaries: keys are summarised before the rotary embedding, and each summary is rotated at its segment's centre.
             Otherwise the rotated keys are summarised.
+        tensor_order: tokens that a score of a tensor layer joins, the query among them: 3 for pairs of keys, 2 for ordinary attention.
+        tensor_method: "exact" or "polynomial" (O(n), for bounded entries; see :func:`tensor_attention`).
+        tensor_window: for each of the ``tensor_order - 1`` indices, how many tokens it may take, or None for all; for the exact
+            method, which takes O(n ** tensor_order) time without.
+        tensor_degree: of the polynomial; by default the least one with a relative error of at most 1e-3.
+        tensor_entry_bound: queries and keys of tensor layers are normalised, with a learned gain, so that no entry exceeds it. 0.7
+            by default for the polynomial, which needs one; None leaves them as they are.
+        tensor_score_dim: width of queries and keys of tensor layers. By default 8 for the polynomial, whose features are
+            C(tensor_score_dim + degree, degree), and head_dim otherwise. Scores are scaled by its inverse square root.
 
     The other arguments are those of Llama and Qwen3.
 
@@ -108,12 +121,19 @@ class MultipoleConfig(PreTrainedConfig):
     size_weighting: bool = True
     far_bias_init: float | int | None = -10.0
     rotate_summaries: bool = False
+    tensor_order: int = 3
+    tensor_method: str = "exact"
+    tensor_window: list | tuple | None = None
+    tensor_degree: int | None = None
+    tensor_entry_bound: float | int | None = None
+    tensor_score_dim: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        for name in (*sizes, "tensor_score_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive")
         if self.num_key_value_heads is None:
@@ -123,6 +143,14 @@ class MultipoleConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             # The gated MLP has three matrices: 8 / 3 keeps the parameters of the usual factor 4, in multiples of 32.
             self.intermediate_size = -(-8 * self.hidden_size // 3 // 32) * 32
+        polynomial = self.tensor_method == "polynomial"
+        if self.tensor_score_dim is None:
+            self.tensor_score_dim = 8 if polynomial else self.head_dim
+        if self.tensor_entry_bound is None and polynomial:
+            # With a score_dim of 8 and order 3, a degree of 4 and 495 features.
+            self.tensor_entry_bound = 0.7
+        if self.tensor_window is not None:
+            self.tensor_window = list(self.tensor_window)
         if self.layer_types is None:
             self.layer_types = ["multipole_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -161,6 +189,32 @@ class MultipoleConfig(PreTrainedConfig):
             raise ValueError(f"rotate_summaries needs rotations that do not depend on the length, but rope_type is {rope_type!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even one")
+
+    def validate_tensor(self):
+        """Part of the strict validation: options of tensor layers, and that there is a polynomial for their bound."""
+        bound, polynomial = self.tensor_entry_bound, self.tensor_method == "polynomial"
+        if self.tensor_order < 2:
+            raise ValueError(f"tensor_order is {self.tensor_order}, but must be at least 2")
+        if bound is not None and not 0 < bound < math.inf:
+            raise ValueError(f"tensor_entry_bound is {bound!r}, but must be a positive number, or None")
+        try:
+            check_options(self.tensor_order - 1, self.tensor_method, self.tensor_window, degree=self.tensor_degree)
+        except ValueError as error:
+            raise ValueError(f"tensor_{error}") from None
+        if not polynomial or "tensor_attention" not in self.layer_types:
+            return
+        if self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout is {self.attention_dropout}, but tensor_method='polynomial' has no single weights to drop: set it to 0"
+            )
+        scale = self.tensor_score_dim**-0.5
+        try:
+            approximate(self.tensor_score_dim, self.tensor_order, scale, bound, self.tensor_degree, TOLERANCE, torch.float32)
+        except ValueError as error:
+            reason = str(error).split(": ")[0]
+            raise ValueError(
+                f"{reason}: take a smaller tensor_entry_bound or tensor_score_dim, another tensor_degree, or tensor_method='exact'"
+            ) from None
 
 
 __all__ = ["MultipoleConfig"]

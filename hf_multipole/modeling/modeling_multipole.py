@@ -31,6 +31,7 @@ from .cache_multipole import check_cache, compiled_state, keeps_state, take_numb
 from .configuration_multipole import MultipoleConfig, attention_options
 from .far_field import FarField
 from .hierarchy import level_count
+from .modeling_tensor import TensorAttention
 from .summaries import MeanSummary, compute_dtype
 
 logger = logging.get_logger(__name__)
@@ -114,9 +115,13 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 def layer_implementation(config: MultipoleConfig, layer_type: str, output_attentions: bool) -> str:
-    """The attention function of a layer: a full_attention layer is always exact; a multipole layer is, when asked to be."""
+    """The attention function of a layer: a full_attention layer is always exact; a multipole layer is, when asked to be; a tensor
+    layer stays one.
+    """
     implementation = config._attn_implementation
-    if layer_type == "full_attention" and implementation == "multipole":
+    if layer_type == "tensor_attention":
+        return "tensor"
+    if layer_type == "full_attention" and implementation in ("multipole", "tensor"):
         implementation = "sdpa"
     # The same attention, but with its weights.
     return "eager" if output_attentions and implementation == "sdpa" else implementation
@@ -194,7 +199,8 @@ class MultipoleAttention(nn.Module):
 class MultipoleBlock(GradientCheckpointingLayer):
     def __init__(self, config: MultipoleConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = MultipoleAttention(config, layer_idx)
+        attention = TensorAttention if config.layer_types[layer_idx] == "tensor_attention" else MultipoleAttention
+        self.self_attn = attention(config, layer_idx)
         self.mlp = MultipoleMLP(config)
         self.input_layernorm = MultipoleRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MultipoleRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -293,7 +299,8 @@ class MultipoleModel(MultipolePreTrainedModel):
         }
         if past_key_values is not None and compiled is None:
             mask = None if output_attentions else masks.get("multipole")
-            check_cache(past_key_values, self, [layer.self_attn for layer in self.layers], mask, attention_mask is None)
+            attentions = [layer.self_attn for layer in self.layers]
+            check_cache(past_key_values, self, attentions, mask, masks.get("tensor"), attention_mask)
         centres = None
         if "multipole" in kinds and self.config.rotate_summaries:
             if not keeps_state(past_key_values, self.config.layer_types.index("multipole_attention"), output_attentions):
@@ -352,8 +359,8 @@ class MultipoleModel(MultipolePreTrainedModel):
         causal = self.config.is_causal
         if implementation == "multipole" and length is None:
             return MultipoleMask(True, batch, queries, None, self.config.block_size, attention_mask, None, position_ids)
-        if implementation == "multipole":
-            return ALL_MASK_ATTENTION_FUNCTIONS["multipole"](
+        if implementation in ("multipole", "tensor"):
+            return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
                 batch_size=batch,
                 q_length=queries,
                 kv_length=length,
@@ -454,6 +461,11 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether no token can be taken back, which assisted generation needs."""
+        return self.config.tensor_method == "polynomial" and "tensor_attention" in self.config.layer_types
 
     def generate(self, *args, **kwargs):
         """See :meth:`transformers.GenerationMixin.generate`."""

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 MAX_FEATURES = 2**16
 MAX_DEGREE = 24
+# Relative error of the weights where no degree is given.
+TOLERANCE = 1e-3
 # Numbers in the features that are worked on at once.
 _AT_ONCE = 2**20
 # Tokens summed in the dtype of the arguments, before float64.

@@ -7,12 +7,12 @@ import torch
 
 from .hierarchy import check_rows
 from .multipole_attention import _check_arguments as check_attention
-from .polynomial_attention import MAX_DEGREE, Approximation, BoundViolation, Certificate, approximate, attend, certify
+from .polynomial_attention import MAX_DEGREE, TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
 from .summaries import compute_dtype
 from .tensor_torch import stretches, tensor_tiles
 
 
-def _document_numbers(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor | None:
+def document_numbers(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor | None:
     """``(batch, n)``: different for the documents of a row that touch each other, -1 at padding."""
     if attention_mask is None and segment_ids is None:
         return None
@@ -36,7 +36,7 @@ def tensor_attention(
     dropout_p: float = 0.0,
     degree: int | None = None,
     entry_bound: float | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     on_violation: str = "raise",
     return_certificate: bool = False,
     backend: str = "auto",
@@ -80,13 +80,47 @@ def tensor_attention(
         BoundViolation: a ValueError; see on_violation.
     """
     _check_tensors(q, keys, values, attention_mask, segment_ids, scale, dropout_p)
-    _check_options(len(keys), method, window, dropout_p, degree, entry_bound, tolerance, on_violation, return_certificate, backend)
+    check_options(len(keys), method, window, dropout_p, degree, entry_bound, tolerance, on_violation, return_certificate, backend)
     if torch.is_autocast_enabled(q.device.type):
         kind = torch.get_autocast_dtype(q.device.type)
         q, keys, values = q.to(kind), [k.to(kind) for k in keys], [v.to(kind) for v in values]
-    document = _document_numbers(attention_mask, segment_ids)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return document_attention(
+        q,
+        keys,
+        values,
+        document_numbers(attention_mask, segment_ids),
+        method=method,
+        causal=causal,
+        window=window,
+        scale=scale,
+        dropout_p=dropout_p,
+        degree=degree,
+        entry_bound=entry_bound,
+        tolerance=tolerance,
+        on_violation=on_violation,
+        return_certificate=return_certificate,
+    )
 
+
+def document_attention(
+    q,
+    keys,
+    values,
+    document: torch.Tensor | None,
+    *,
+    method,
+    causal,
+    window=None,
+    scale=None,
+    dropout_p=0.0,
+    degree=None,
+    entry_bound=None,
+    tolerance=TOLERANCE,
+    on_violation="raise",
+    return_certificate=False,
+):
+    """:func:`tensor_attention` of checked arguments in one dtype; document: as from :func:`document_numbers`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if method == "polynomial":
         real = None if document is None else document >= 0
         try:
@@ -176,7 +210,18 @@ def _check_tensors(q, keys, values, attention_mask, segment_ids, scale, dropout_
     check_attention(q, keys[0], values[0], None, attention_mask, segment_ids, None, None, scale, dropout_p)
 
 
-def _check_options(indices, method, window, dropout_p, degree, entry_bound, tolerance, on_violation, return_certificate, backend) -> None:
+def check_options(
+    indices,
+    method,
+    window=None,
+    dropout_p=0.0,
+    degree=None,
+    entry_bound=None,
+    tolerance=TOLERANCE,
+    on_violation="raise",
+    return_certificate=False,
+    backend="auto",
+) -> None:
     for name, value, allowed in (
         ("method", method, ("exact", "polynomial")),
         ("on_violation", on_violation, ("raise", "exact")),

@@ -197,9 +197,11 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
         # A sharded model runs on all processes or not at all.
         whole = not trainer.is_fsdp_enabled
         if whole and multipole and "multipole_attention" in model.config.layer_types and model.config._attn_implementation == "multipole":
-            images["attention pattern"] = "attention.png"
-            sample = torch.tensor([held_out[0]["input_ids"][:512]], device=trainer.args.device)
-            plot_attention(model.eval(), sample, folder / "attention.png")
+            # Tensor layers weigh tuples of tokens, which is no picture.
+            if "tensor_attention" not in model.config.layer_types:
+                images["attention pattern"] = "attention.png"
+                sample = torch.tensor([held_out[0]["input_ids"][:512]], device=trainer.args.device)
+                plot_attention(model.eval(), sample, folder / "attention.png")
             images["time against context length"] = "scaling.png"
             record["scaling"] = measure_scaling(model, data_args.context_length)
             plot_scaling(record["scaling"], folder / "scaling.png")
