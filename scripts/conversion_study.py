@@ -191,6 +191,9 @@ Means in place of learned summaries (`attn_implementation="multipole"` on the ex
 | block size | rank | bits per byte | against exact | {" | ".join(f"layer {i}" for i in range(layers))} |
 |---:|---:|---:|---:|{"---:|" * layers}
 {grid}
+
+A drop-in without training is sane where the blocks are so wide that little lies outside of the near field. Otherwise train: keys that
+were rotated by their positions do not average well, and untrained summaries are then no better than the near field alone.
 """
 
 
