@@ -159,7 +159,12 @@ def try_architecture(model_type: str) -> dict:
     except AssertionError as error:
         return {"status": "wrong", "reason": str(error)}
     except Exception as error:  # whatever an architecture raises is what the table says of it
-        return {"status": "refused" if isinstance(error, ValueError) else "fails", "reason": f"{error}".strip().split("\n")[0][:300]}
+        return {"status": "refused" if isinstance(error, ValueError) else "fails", "reason": _one_line(error)}
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error, without folders of this machine."""
+    return re.sub(r"/\S*/site-packages/", "", str(error).strip().split("\n")[0])[:200]
 
 
 def _try(model_type: str, dtype: torch.dtype) -> dict:
@@ -168,9 +173,9 @@ def _try(model_type: str, dtype: torch.dtype) -> dict:
     except (NotTried, ValueError) as error:
         if isinstance(error, NotTried) or "interface" in str(error):
             raise
-        raise NotTried(f"no small model could be made: {error}".split("\n")[0][:200]) from None
+        raise NotTried(f"no small model could be made: {_one_line(error)}") from None
     except Exception as error:
-        raise NotTried(f"no small model could be made: {type(error).__name__}: {error}".split("\n")[0][:200]) from None
+        raise NotTried(f"no small model could be made: {type(error).__name__}: {_one_line(error)}") from None
     found = {"class": type(model).__name__, "attention": sorted({type(module).__name__ for module in attention_modules(model).values()})}
     if model.main_input_name == "pixel_values":
         inputs = {"pixel_values": torch.randn(1, model.config.num_channels, 32, 32, dtype=dtype)}
