@@ -228,7 +228,6 @@ def test_conversion(texts, stock, tmp_path, monkeypatch):
         train(arguments(texts, tmp_path / "other", *STEPS, *options, config=None))
 
 
-@pytest.mark.skipif(not hasattr(hf_multipole, "convert"), reason="conversion is not part of this version")
 def test_a_converted_checkpoint(texts, stock, tmp_path):
     options = ["--model_name_or_path", stock, "--convert", "{block_size: 8, rank: 2}"]
     train(arguments(texts, tmp_path / "run", *STEPS, *options, config=None))
