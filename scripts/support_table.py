@@ -22,7 +22,8 @@ from hf_multipole.training.checkpoints import write_json
 EXPLANATION = """Each architecture was built small, with random weights in float64 (float32 where its experts have no float64), 75
 tokens in blocks of 8, and run with `attn_implementation="multipole"`. *Runs* says that all of these hold: on rows of at most two blocks
 the output is that of eager attention; no future token (in causal models) and no padding token, on either side, has influence on the
-output at a real one; all attention went through the attention function. *State*: generation on a `MultipoleCache` writes the same
+output at a real one (padding: unless it has with eager attention, too, where embeddings of neighbours are mixed); all attention
+went through the attention function. *State*: generation on a `MultipoleCache` writes the same
 tokens as on the cache of all keys. *Convert*: `convert` leaves the first output unchanged to the bit, and all weights come back from a
 saved checkpoint."""
 
