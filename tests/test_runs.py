@@ -19,7 +19,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import hf_multipole
 from hf_multipole import MultipoleForCausalLM, MultipoleForMaskedLM
 from hf_multipole.training.trainer import LanguageModelTrainer
 
