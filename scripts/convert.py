@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_multipole import convert
-from hf_multipole.integration.conversion import attention_modules, is_multipole
+from hf_multipole.integration.conversion import attention_modules, is_chosen
 from hf_multipole.integration.measurement import layer_errors, loss
 from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
 from hf_multipole.training.checkpoints import write_json
@@ -83,7 +83,7 @@ def measure(model, ids, args) -> list[dict]:
     errors = layer_errors(model, ids, [options])[0]
     exact = model.config._attn_implementation
     rows = [{"layer": "all exact", "bits": loss(model, ids, exact) / math.log(2)}] if model.can_generate() else []
-    modules = [(name, module) for name, module in attention_modules(model).items() if is_multipole(module)]
+    modules = [(name, module) for name, module in attention_modules(model).items() if is_chosen(module)]
     for name, module in tqdm(modules, desc="layers", unit="layer"):
         row = {"layer": getattr(module, "layer_idx", None), "module": name, "error": errors[name]}
         if model.can_generate() and row["layer"] is not None:
