@@ -100,7 +100,8 @@ def test_the_branch_is_the_definition(options, causal, kind):
     with torch.no_grad():
         for parameter in branch.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    q, k, v = (torch.randn(2, h, m, dim, dtype=torch.float64, requires_grad=True) for h, m in ((4, queries), (2, n), (2, n)))
+    shapes = (heads, queries), (kv_heads, n), (kv_heads, n)
+    q, k, v = (torch.randn(2, *shape, dim, dtype=torch.float64, requires_grad=True) for shape in shapes)
     inputs = {}
     if kind == "padded":
         inputs["attention_mask"] = padded_mask(torch.ones(2, n, dtype=torch.long), 3, 2)
@@ -475,7 +476,7 @@ def test_a_new_model_of_the_configuration(ids):
     assert model.config._attn_implementation == "tensor"
     assert len(branches(model)) == 2 and not any(branch.gate.any() for branch in branches(model))
     model(ids)
-    model = converted()
+    model = converted(tensor_entry_bound=1.0)
     before = copy.deepcopy(model.state_dict())
     model.init_weights()
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
@@ -584,6 +585,11 @@ def with_options(options):
         (stock, {"far_bias_init": None}, r"far_bias_init is no option of convert\(model, 'tensor'\)"),
         (stock, {"kind": "multipole", "tensor_order": 3}, r"tensor_order is no option of convert\(model, 'multipole'\)"),
         (lambda: with_options({"summary": "direct"}), {}, "one or the other"),
+        (
+            lambda: with_options({"tensor_order": 3}),
+            {"kind": "multipole", "summary": "mean", "far_bias_init": None},
+            "has tensor_\\* options: take them out",
+        ),
         (lambda: with_options({"tensor_rank": 3}), {}, "config.multipole has 'tensor_rank', but the options are .*'tensor_score_dim'"),
         (lambda: convert(stock(), "multipole"), {}, "was converted already; hf_multipole.revert"),
         (lambda: convert(stock(), "tensor"), {}, "was converted already; hf_multipole.revert"),

@@ -235,6 +235,8 @@ def convert(
         for config, options in zip(configs, before):
             config.multipole = defaults | (options or {}) | given
             attention_options(config)
+            if _kind_of(config) != kind:
+                raise ValueError("config.multipole has tensor_* options: take them out, or convert the model to 'tensor'")
         if layers is not None and any(getattr(module, "layer_idx", None) is None for module in modules.values()):
             raise ValueError(f"layers cannot be chosen in {type(model).__name__}, whose attention has no layer numbers; leave 'layers' out")
         if not any(is_chosen(module) for module in modules.values()):
@@ -245,7 +247,8 @@ def convert(
             part = getattr(module, KINDS[kind], None)
             if part is not None and not any(parameter.is_meta for parameter in part.parameters()):
                 # Later calls of the model's own initialisation leave it alone, as they do the rest of a model that is there.
-                part._is_hf_initialized = True
+                for one in part.modules():
+                    one._is_hf_initialized = True
     except ValueError:
         for config, options in zip(configs, before):
             _restore(config, options)

@@ -14,13 +14,13 @@ class TensorBranch(LearnedPart):
 
     The attention interface hands over one query, one key and one value for each token: those of the module's own, exact attention, and
     its cache keeps these. So the further keys and values do not travel: here, behind the interface, a learned map for each head and
-    index makes ``order - 1`` keys and values, and the query, out of them, at every call, for all tokens that the cache holds.
+    index makes ``order - 1`` keys and values, and the query, out of them, at every call, for all tokens that the queries reach.
 
     ``out = exact(q, k, v) + gate * tensor(q', [k1', k2', ...], [v1', v2', ...])``
 
-    The gate, one for each head, starts at 0: the first output is the stock model's, and the first step of training moves the gates
-    alone. The maps of queries and keys start at random, with entries as large as the heads'. The first value starts as the value, and
-    the others as ones, so that the branch starts with a weighted mean of values, whatever their size.
+    The gate, one for each head, starts at 0: the first output is the stock model's, and the first step of training moves no more of the
+    branch than its gate. The maps of queries and keys start at random, with entries as large as the heads'. The first value starts as
+    the value, and the others as ones, so that the branch starts with a weighted mean of values, whatever their size.
 
     In models with rotary positions, queries and keys arrive rotated by their positions, and the maps see them so: the scores then
     depend on positions, and not, as those of two vectors, on their distances alone.
@@ -85,6 +85,12 @@ class TensorBranch(LearnedPart):
                 "drop: set the attention dropout of its configuration to 0"
             )
         check_options(self.indices, dropout_p=dropout, **self.options)
+        widths = self.options.get("window") or [None]
+        if causal and None not in widths:
+            # Of a long cache, what the windows of the first query reach.
+            reached = slice(-(query.shape[2] - 1 + max(widths)), None)
+            key, value = key[:, :, reached], value[:, :, reached]
+            documents = None if documents is None else documents[:, reached]
         query = query @ self.query_map
         key, value = (x.repeat(1, self.indices, 1, 1) for x in (key, value))
         key, value = key @ self.key_map, value @ self.value_map + self.value_shift
