@@ -302,9 +302,11 @@ def test_autocast(ids, options):
     """
     errors = []
     for model in (stock().float(), converted(**{"tensor_window": None} | options).float()):
-        exact = model(ids).logits
+        exact, dtypes = model(ids).logits, []
+        model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args, seen=dtypes: seen.append(args[0].dtype))
         with torch.autocast("cpu", torch.bfloat16):
             mixed = model(ids, labels=ids)
+        assert dtypes == [torch.bfloat16]
         mixed.loss.backward()
         assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in model.parameters())
         errors.append((mixed.logits.float() - exact).square().mean().sqrt().item())
@@ -325,6 +327,12 @@ def test_dropout(ids):
     first, second = branch(*args, dropout), branch(*args, dropout)
     torch.manual_seed(1)
     assert torch.equal(branch(*args, dropout), first) and (first - second).abs().max() > 1e-3
+    # And exact attention drops what it dropped. The last layer's branch draws after all others.
+    outputs = []
+    for model in (build(config, implementation="sdpa"), convert(build(config, implementation="sdpa"), "tensor", layers=[1], **WINDOWS)):
+        torch.manual_seed(1)
+        outputs.append(model.train()(ids).logits)
+    assert torch.equal(*outputs) and (outputs[0] - model.eval()(ids).logits).abs().max() > 1e-3
     model = convert(build(config, implementation="sdpa"), "tensor", **POLYNOMIAL)
     model(ids)
     with pytest.raises(ValueError, match="drops attention weights with probability 0.4, but .*'polynomial' .*: set the attention dropout"):
@@ -523,7 +531,7 @@ def test_another_implementation_by_choice(ids, tmp_path, caplog):
     torch.testing.assert_close(exact(ids).logits, stock()(ids).logits, atol=1e-4, rtol=1e-4)
     again = AutoModelForCausalLM.from_pretrained(saved(exact, tmp_path / "b"), dtype=torch.float64)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
-    assert again.config._attn_implementation == "tensor"
+    assert again.config._attn_implementation == "tensor" and "runs with 'tensor'" not in caplog.text
 
 
 def test_masks_move():
