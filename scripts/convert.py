@@ -54,10 +54,10 @@ def parse():
     tensor.add_argument("--tensor-entry-bound", type=float)
     tensor.add_argument("--tensor-score-dim", type=int)
     args = parser.parse_args()
-    if args.kind == "multipole":
+    if args.kind != "tensor":
         args.block_size, args.rank = (default if x is None else x for x, default in ((args.block_size, 64), (args.rank, 4)))
         if args.text is None:
-            parser.error("--kind multipole needs --text, which its errors are measured on")
+            parser.error(f"--kind {args.kind} needs --text, which its errors are measured on")
     elif args.text is not None:
         parser.error("--text belongs to --kind multipole: tensor branches change nothing at first, so that there is nothing to measure")
     return args

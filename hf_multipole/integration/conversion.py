@@ -85,7 +85,7 @@ def _complete(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         _give_part(module)
         kind = _kind_of(module.config)
         if _is_converted(module) and module.config._attn_implementation != kind:
-            learned = "learned summaries" if kind == "multipole" else "tensor branches"
+            learned = "tensor branches" if kind == "tensor" else "learned summaries"
             logger.warning_once(
                 f"the model was converted to {kind} attention, but runs with {module.config._attn_implementation!r}, without its "
                 f"{learned}: pass attn_implementation={kind!r} if this was not your choice"
@@ -137,7 +137,7 @@ def _give_part(module: nn.Module) -> None:
     if not getattr(config, "multipole", None):
         return
     options, kind = attention_options(config), _kind_of(config)
-    if kind == "multipole" and options["summary"] == "mean" and options["far_bias_init"] is None:
+    if kind != "tensor" and options["summary"] == "mean" and options["far_bias_init"] is None:
         return
     # Saved with the configuration, so that Transformers refuses the checkpoint where this package is not imported.
     config.attn_implementation = kind
@@ -221,13 +221,13 @@ def convert(
     multipole |= {"summary": summary, "far_bias_init": far_bias_init}
     tensor = {"tensor_order": tensor_order, "tensor_method": tensor_method, "tensor_window": tensor_window}
     tensor |= {"tensor_degree": tensor_degree, "tensor_entry_bound": tensor_entry_bound, "tensor_score_dim": tensor_score_dim}
-    given, others = (multipole, tensor) if kind == "multipole" else (tensor, multipole)
+    given, others = (tensor, multipole) if kind == "tensor" else (multipole, tensor)
     for name, value in others.items():
         if value != convert.__kwdefaults__[name]:
             raise ValueError(f"{name} is no option of convert(model, {kind!r}): leave it out; its options are layers, {', '.join(given)}")
     modules = _convertible(model)
     configs = {id(module.config): module.config for module in modules.values()}.values()
-    defaults = STOCK_OPTIONS if kind == "multipole" else TENSOR_OPTIONS
+    defaults = TENSOR_OPTIONS if kind == "tensor" else STOCK_OPTIONS
     given = {name: value for name, value in given.items() if value is not None or name == "far_bias_init"}
     given |= {"layers": _numbers(layers)} | ({"tensor_window": list(tensor_window)} if isinstance(tensor_window, tuple) else {})
     before = [getattr(config, "multipole", None) for config in configs]
@@ -235,7 +235,7 @@ def convert(
         for config, options in zip(configs, before):
             config.multipole = defaults | (options or {}) | given
             attention_options(config)
-            if _kind_of(config) != kind:
+            if has_tensor_options(config) != (kind == "tensor"):
                 raise ValueError("config.multipole has tensor_* options: take them out, or convert the model to 'tensor'")
         if layers is not None and any(getattr(module, "layer_idx", None) is None for module in modules.values()):
             raise ValueError(f"layers cannot be chosen in {type(model).__name__}, whose attention has no layer numbers; leave 'layers' out")
