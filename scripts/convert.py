@@ -1,12 +1,16 @@
-"""Converts a checkpoint of a stock architecture to multipole attention with learned summaries, and reports what it costs untrained.
+"""Converts a checkpoint of a stock architecture to multipole attention with learned summaries, and reports what it costs untrained; or
+adds tensor branches to its attention, which cost it nothing.
 
     python scripts/convert.py --model runs/llama --text book.txt --output runs/llama-multipole --block-size 64 --rank 4
+    python scripts/convert.py --model runs/llama --kind tensor --tensor-window 32 512 --output runs/llama-tensor
 
 The report has the error of each layer's attention output against exact attention on the text, the loss with that layer alone
-converted, and a suggestion of layers to leave exact, which --layers then chooses.
+converted, and a suggestion of layers to leave exact, which --layers then chooses. With tensor branches the model computes what it
+did, so that there is nothing to measure.
 """
 
 import argparse
+import inspect
 import math
 import shlex
 import shutil
@@ -23,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_multipole import convert
-from hf_multipole.integration.conversion import attention_modules, is_multipole
+from hf_multipole.integration.conversion import KINDS, attention_modules, is_chosen
 from hf_multipole.integration.measurement import layer_errors, loss
 from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
 from hf_multipole.training.checkpoints import write_json
@@ -33,21 +37,41 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder of the converted checkpoint")
-    parser.add_argument("--text", type=Path, required=True, help="text that the errors are measured on")
-    parser.add_argument("--tokens", type=int, default=4096, help="how many tokens of it, in one row; no more than the model's positions")
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--summary", default="hierarchical", choices=["hierarchical", "direct", "mean"])
+    parser.add_argument("--kind", default="multipole", choices=list(KINDS))
     parser.add_argument("--layers", type=int, nargs="+", help="layers to convert, from 0; all by default")
-    parser.add_argument("--tolerance", type=float, default=0.3, help="error over which the report suggests to leave a layer exact")
-    return parser.parse_args()
+    multipole = parser.add_argument_group("multipole")
+    multipole.add_argument("--text", type=Path, help="text that the errors are measured on; needed")
+    multipole.add_argument("--tokens", type=int, default=4096, help="how many tokens of it, in one row; no more than the model's positions")
+    multipole.add_argument("--block-size", type=int, help="64 by default")
+    multipole.add_argument("--rank", type=int, help="4 by default")
+    multipole.add_argument("--summary", choices=["hierarchical", "direct", "mean"], help="hierarchical by default")
+    multipole.add_argument("--tolerance", type=float, default=0.3, help="error over which the report suggests to leave a layer exact")
+    tensor = parser.add_argument_group("tensor")
+    tensor.add_argument("--tensor-order", type=int, help="tokens that a score joins, the query among them; 3 by default")
+    tensor.add_argument("--tensor-method", choices=["exact", "polynomial"], help="exact by default")
+    tensor.add_argument("--tensor-window", type=_width, nargs="+", help="how many tokens each index may take, or 'all'")
+    tensor.add_argument("--tensor-degree", type=int)
+    tensor.add_argument("--tensor-entry-bound", type=float)
+    tensor.add_argument("--tensor-score-dim", type=int)
+    args = parser.parse_args()
+    if args.kind != "tensor":
+        args.block_size, args.rank = (default if x is None else x for x, default in ((args.block_size, 64), (args.rank, 4)))
+        if args.text is None:
+            parser.error(f"--kind {args.kind} needs --text, which its errors are measured on")
+    elif args.text is not None:
+        parser.error("--text belongs to --kind multipole: tensor branches change nothing at first, so that there is nothing to measure")
+    return args
+
+
+def _width(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
 
 def prepare(args):
-    """Model, tokenizer and tokens; raises before any work is done."""
+    """Model, tokenizer and tokens (None where nothing is measured); raises before any work is done."""
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} is there already; name a new folder")
-    text = args.text.read_text(encoding="utf-8")
+    text = args.text and args.text.read_text(encoding="utf-8")
     config = AutoConfig.from_pretrained(args.model)
     # The class of the checkpoint, so that its head stays.
     name = (config.architectures or ["none"])[0]
@@ -60,21 +84,28 @@ def prepare(args):
     broken = [key for key, x in model.named_parameters() if not torch.isfinite(x).all()]
     if broken:
         raise ValueError(f"{args.model} has weights that are not finite: {broken[0]}")
+    # Everything that convert refuses is refused here, on the model's shape alone.
+    with torch.device("meta"):
+        shape = type(model)(AutoConfig.from_pretrained(args.model))
+    convert(shape, **options_of(args))
+    return model, tokenizer, None if text is None else read(text, tokenizer, model.config, args)
+
+
+def read(text: str, tokenizer, config, args) -> torch.Tensor:
+    """The first tokens of the text, ``(1, n)``."""
     count = min(args.tokens, getattr(config, "max_position_embeddings", args.tokens))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :count]
     if ids.shape[1] <= 2 * args.block_size:
         raise ValueError(
             f"{args.text} gives {ids.shape[1]} tokens, but up to {2 * args.block_size} multipole attention is exact: give more"
         )
-    # Everything that convert refuses is refused here, on the model's shape alone.
-    with torch.device("meta"):
-        shape = type(model)(AutoConfig.from_pretrained(args.model))
-    convert(shape, **options_of(args))
-    return model, tokenizer, ids
+    return ids
 
 
 def options_of(args) -> dict:
-    return {"layers": args.layers, "block_size": args.block_size, "rank": args.rank, "summary": args.summary}
+    """What was given, for convert."""
+    names = inspect.signature(convert).parameters.keys() - {"model"}
+    return {name: x for name, x in vars(args).items() if name in names and x is not None}
 
 
 def measure(model, ids, args) -> list[dict]:
@@ -83,7 +114,7 @@ def measure(model, ids, args) -> list[dict]:
     errors = layer_errors(model, ids, [options])[0]
     exact = model.config._attn_implementation
     rows = [{"layer": "all exact", "bits": loss(model, ids, exact) / math.log(2)}] if model.can_generate() else []
-    modules = [(name, module) for name, module in attention_modules(model).items() if is_multipole(module)]
+    modules = [(name, module) for name, module in attention_modules(model).items() if is_chosen(module)]
     for name, module in tqdm(modules, desc="layers", unit="layer"):
         row = {"layer": getattr(module, "layer_idx", None), "module": name, "error": errors[name]}
         if model.can_generate() and row["layer"] is not None:
@@ -132,14 +163,53 @@ def report(rows: list[dict], args, tokens: int) -> str:
     return f"On the first {tokens} tokens of `{args.text.name}`, with untrained summaries:\n\n" + "\n".join(lines) + f"\n\n{advice}\n"
 
 
+# Of each kind: its attention, the paper, and what is learned.
+_WORDS = {
+    "multipole": ("fast multipole attention", "2310.11960", "learned summaries"),
+    "tensor": ("tensor attention", "2310.04064", "tensor branches"),
+}
+
+
+def card(args, class_name: str, text: str) -> ModelCard:
+    what, paper, learned = _WORDS[args.kind]
+    data = ModelCardData(library_name="transformers", tags=[what.replace(" ", "-"), "hf_multipole"])
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {args.output.name}
+
+`{args.model}` with {what} ([arXiv {paper}](https://arxiv.org/abs/{paper})), converted but not yet trained:
+
+```
+python {shlex.join(sys.argv)}
+```
+
+It needs hf_multipole, which must be imported before it is loaded; without it Transformers refuses the checkpoint. Loaded with
+another `attn_implementation` by explicit choice, it runs with exact attention and its {learned} are not used.
+
+```python
+import hf_multipole
+from transformers import {class_name}
+
+model = {class_name}.from_pretrained("path/to/this/folder")
+```
+
+{text}"""
+    )
+
+
 def main() -> None:
     args = parse()
     try:
         model, tokenizer, ids = prepare(args)
     except (ValueError, OSError, RuntimeError, HFValidationError, SafetensorError) as error:
         sys.exit(f"convert.py: {str(error).strip()}")
-    rows = measure(model, ids, args)
-    text = report(rows, args, ids.shape[1])
+    text, record = "Its gates are 0: until it is trained, it computes what the checkpoint does.\n", {}
+    if ids is not None:
+        rows = measure(model, ids, args)
+        text, record = report(rows, args, ids.shape[1]), {"tokens": ids.shape[1], "layers": rows}
     print(text)
 
     convert(model, **options_of(args))
@@ -148,37 +218,11 @@ def main() -> None:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    write_json(part / "conversion.json", {"options": model.config.multipole, "tokens": ids.shape[1], "layers": rows})
-    picture = ""
-    if find_spec("matplotlib"):
+    write_json(part / "conversion.json", {"options": model.config.multipole} | record)
+    if ids is not None and find_spec("matplotlib"):
         plot(rows, args.tolerance, part / "conversion.png")
-        picture = "\n![error by layer](conversion.png)\n"
-    data = ModelCardData(library_name="transformers", tags=["fast-multipole-attention", "hf_multipole"])
-    ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# {args.output.name}
-
-`{args.model}` with fast multipole attention ([arXiv 2310.11960](https://arxiv.org/abs/2310.11960)), converted but not yet trained:
-
-```
-python {shlex.join(sys.argv)}
-```
-
-It needs hf_multipole, which must be imported before it is loaded; without it Transformers refuses the checkpoint. Loaded with
-another `attn_implementation` by explicit choice, it runs with exact attention and its learned summaries are not used.
-
-```python
-import hf_multipole
-from transformers import {type(model).__name__}
-
-model = {type(model).__name__}.from_pretrained("path/to/this/folder")
-```
-
-{text}{picture}"""
-    ).save(part / "README.md")
+        text += "\n![error by layer](conversion.png)\n"
+    card(args, type(model).__name__, text).save(part / "README.md")
     if args.output.exists():
         args.output.rmdir()  # it is empty
     part.rename(args.output)

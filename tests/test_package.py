@@ -22,7 +22,7 @@ MODELING = Path(hf_multipole.__file__).parent / "modeling"
 FILES = sorted(path for path in MODELING.glob("*.py") if path.name != "__init__.py")
 # The files that speak to Transformers. All others are mathematics, and know torch alone.
 INTERFACE = {"attention_functions", "attention_masks", "cache_multipole", "configuration_multipole", "far_field", "modeling_multipole"}
-INTERFACE |= {"cache_tensor", "modeling_tensor"}
+INTERFACE |= {"cache_tensor", "modeling_tensor", "tensor_branch"}
 
 
 def run(script: str, *arguments, cwd) -> str:

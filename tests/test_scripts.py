@@ -117,6 +117,24 @@ def test_convert(stock_checkpoint, tmp_path):
     assert stock.config._attn_implementation == "sdpa" and not hasattr(stock.config, "multipole") and torch.equal(stock(ids).logits, before)
 
 
+def test_convert_to_tensor(stock_checkpoint, tmp_path):
+    """A checkpoint that loads; nothing to measure."""
+    options = ["--kind", "tensor", "--tensor-window", 3, "all", "--layers", 1]
+    printed = run("convert.py", "--model", stock_checkpoint, "--output", "out", *options, cwd=tmp_path)
+    assert "Its gates are 0" in printed and "wrote out" in printed
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert record["options"]["tensor_window"] == [3, None] and list(record) == ["options"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "with tensor attention ([arXiv 2310.04064]" in card and "its tensor branches are not used" in card
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [hasattr(layer.self_attn, "tensor_branch") for layer in model.model.layers] == [False, True]
+    errors = run("convert.py", "--model", stock_checkpoint, "--output", "other", *options, "--rank", 3, cwd=tmp_path, fails=True)
+    assert "rank is no option of convert(model, 'tensor')" in errors.strip().splitlines()[-1] and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -1,9 +1,11 @@
-"""Stock models with learned summaries: given to their attention modules, saved and loaded with them, and taken away again.
+"""Stock models with learned summaries, or with a tensor branch: given to their attention modules, saved and loaded with them, and taken
+away again.
 
-The classes of a stock model stay what they are; an attention module gets one part more, ``far_field``. When a checkpoint is loaded, a
-hook of torch gives it to the attention modules of models whose configuration is that of a converted one, as they are put into the
-model, so that the part is there before the weights are read. (Transformers' patch mapping of classes would do, too, but it takes half a
-second of every loading, replaces classes by patterns of their names, and leaves them replaced when a model fails to be built.)
+The classes of a stock model stay what they are; an attention module gets one part more, ``far_field`` or ``tensor_branch``. When a
+checkpoint is loaded, a hook of torch gives it to the attention modules of models whose configuration is that of a converted one, as
+they are put into the model, so that the part is there before the weights are read. (Transformers' patch mapping of classes would do,
+too, but it takes half a second of every loading, replaces classes by patterns of their names, and leaves them replaced when a model
+fails to be built.)
 """
 
 import inspect
@@ -17,10 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.attention_masks import refuse_cross_attention
-from ..modeling.configuration_multipole import STOCK_OPTIONS, attention_options
+from ..modeling.configuration_multipole import STOCK_OPTIONS, TENSOR_OPTIONS, attention_options, has_tensor_options, tensor_options
 from ..modeling.far_field import FarField
+from ..modeling.tensor_branch import TensorBranch
 
 logger = logging.get_logger(__name__)
+
+# What a model can be converted to, and what its attention modules get for it.
+KINDS = {"multipole": "far_field", "tensor": "tensor_branch"}
 
 # Classes of attention modules that can be converted: one row (query, key, value) through the attention interface, heads and
 # head_dim those of the configuration. scripts/support_table.py runs each of them.
@@ -75,13 +81,24 @@ ATTENTION_CLASSES = (
 
 def _complete(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Called for every module that is put into another one."""
-    if type(module).__name__ in ATTENTION_CLASSES and _is_stock(module) and not hasattr(module, "far_field"):
-        _give_far_field(module)
-        if hasattr(module, "far_field") and module.config._attn_implementation != "multipole":
+    if type(module).__name__ in ATTENTION_CLASSES and _is_stock(module) and not _is_converted(module):
+        _give_part(module)
+        kind = _kind_of(module.config)
+        if _is_converted(module) and module.config._attn_implementation != kind:
+            learned = "tensor branches" if kind == "tensor" else "learned summaries"
             logger.warning_once(
-                f"the model was converted to multipole attention, but runs with {module.config._attn_implementation!r}, without its "
-                "learned summaries: pass attn_implementation='multipole' if this was not your choice"
+                f"the model was converted to {kind} attention, but runs with {module.config._attn_implementation!r}, without its "
+                f"{learned}: pass attn_implementation={kind!r} if this was not your choice"
             )
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return any(hasattr(module, part) for part in KINDS.values())
+
+
+def _kind_of(config) -> str:
+    """What a configuration says that its model was converted to."""
+    return "tensor" if has_tensor_options(config) else "multipole"
 
 
 def _is_stock(module: nn.Module) -> bool:
@@ -108,34 +125,43 @@ def _has_window(module: nn.Module) -> bool:
     return bool(getattr(module, "sliding_window", None) or getattr(module.config, "sliding_window", None))
 
 
-def is_multipole(module: nn.Module) -> bool:
-    """Whether an attention module is one that multipole attention computes: it has no window, and was not left exact."""
+def is_chosen(module: nn.Module) -> bool:
+    """Whether an attention module is one that a conversion is about: it has no window, and was not left exact."""
     layers = attention_options(module.config)["layers"]
     return not _has_window(module) and (layers is None or getattr(module, "layer_idx", None) in layers)
 
 
-def _give_far_field(module: nn.Module) -> None:
+def _give_part(module: nn.Module) -> None:
     """The learned parts that the configuration asks for; nothing for models that were not converted."""
     config = module.config
     if not getattr(config, "multipole", None):
         return
-    options = attention_options(config)
-    if options["summary"] == "mean" and options["far_bias_init"] is None:
+    options, kind = attention_options(config), _kind_of(config)
+    if kind != "tensor" and options["summary"] == "mean" and options["far_bias_init"] is None:
         return
     # Saved with the configuration, so that Transformers refuses the checkpoint where this package is not imported.
-    config.attn_implementation = "multipole"
-    if not is_multipole(module):
+    config.attn_implementation = kind
+    if not is_chosen(module):
         return
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    length = getattr(config, "max_position_embeddings", None)
-    if length is None and options["summary"] == "direct":
-        raise ValueError(
-            f"summary='direct' needs config.max_position_embeddings, which {type(config).__name__} has not; use 'hierarchical'"
-        )
+    if kind == "tensor":
+        part = TensorBranch(tensor_options(config, head_dim), heads, kv_heads, head_dim)
+    else:
+        length = getattr(config, "max_position_embeddings", None)
+        if length is None and options["summary"] == "direct":
+            raise ValueError(
+                f"summary='direct' needs config.max_position_embeddings, which {type(config).__name__} has not; use 'hierarchical'"
+            )
+        part = FarField(options, heads, kv_heads, head_dim, length or 1)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    module.far_field = FarField(options, heads, kv_heads, head_dim, length or 1).to(like.device, like.dtype)
+    setattr(module, KINDS[kind], part.to(like.device, like.dtype))
+
+
+def _take_part(module: nn.Module) -> None:
+    for part in KINDS.values():
+        module._modules.pop(part, None)
 
 
 def convert(
@@ -148,58 +174,89 @@ def convert(
     summary: str = "hierarchical",
     size_weighting: bool | None = None,
     far_bias_init: float | None = 0.0,
+    tensor_order: int | None = None,
+    tensor_method: str | None = None,
+    tensor_window: Sequence[int | None] | None = None,
+    tensor_degree: int | None = None,
+    tensor_entry_bound: float | None = None,
+    tensor_score_dim: int | None = None,
 ) -> PreTrainedModel:
-    """Gives a stock model multipole attention with learned summaries, in place, and returns it.
+    """Gives a stock model another attention, with parts to learn, in place, and returns it.
 
-    The summaries start as means and the far bias at ``far_bias_init``, so that the model first computes what
-    ``attn_implementation="multipole"`` does without learned parts. They are trained, saved and loaded with the model
-    (``AutoModel...from_pretrained``, after ``import hf_multipole``).
+    "multipole" puts multipole attention with learned summaries in the place of exact attention. The summaries start as means and the
+    far bias at ``far_bias_init``, so that the model first computes what ``attn_implementation="multipole"`` does without learned
+    parts.
+
+    "tensor" adds to exact attention, for each head, a gated branch of tensor attention on the same queries, keys and values
+    (:class:`TensorBranch`). The gates start at 0, so that the model first computes what it did with ``attn_implementation="sdpa"``, to
+    the bit (with "eager", where it has soft caps). In generation the cache keeps the keys and values of the model's own; the branch of
+    a step takes time in proportion to the product of its windows, to n with ``tensor_method="polynomial"``, or to
+    ``n ** (tensor_order - 1)``.
+
+    The parts are trained, saved and loaded with the model (``AutoModel...from_pretrained``, after ``import hf_multipole``). A model is
+    converted to one of the two.
 
     Args:
         model: a model of Transformers, on any device. (The language model inside of another model can be converted, too, but the
             whole is then loaded with attn_implementation={"text_config": "multipole"}, or how it calls that part.)
-        kind: "multipole".
-        layers: numbers of the layers that become multipole, from 0; all by default. Others, and those with a sliding window, stay
+        kind: "multipole" or "tensor".
+        layers: numbers of the layers that are converted, from 0; all by default. Others, and those with a sliding window, stay
             exact.
         block_size, rank, size_weighting: see :func:`multipole_attention`; by default those of ``config.multipole``, or 64, 4
             and True.
         summary: "hierarchical" (learned, any length), "direct" (learned for each level, at most ``max_position_embeddings``
             tokens) or "mean" (nothing learned).
         far_bias_init: start of the learned bias for each head and level; None for no bias.
+        tensor_order, tensor_method, tensor_window, tensor_degree, tensor_entry_bound, tensor_score_dim: see :class:`MultipoleConfig`;
+            by default those of ``config.multipole``, or its defaults. Without windows the exact method takes O(n ** tensor_order)
+            time.
 
     Raises:
-        ValueError: the model cannot be converted, or an option is out of range. The model is unchanged then.
+        ValueError: the model cannot be converted, or an option is out of range or belongs to another kind. The model is unchanged
+            then.
     """
-    if kind != "multipole":
-        raise ValueError(f"a model is converted to 'multipole', but not to {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, but must be {' or '.join(map(repr, KINDS))}")
+    multipole = {"block_size": block_size, "rank": rank, "size_weighting": size_weighting}
+    multipole |= {"summary": summary, "far_bias_init": far_bias_init}
+    tensor = {"tensor_order": tensor_order, "tensor_method": tensor_method, "tensor_window": tensor_window}
+    tensor |= {"tensor_degree": tensor_degree, "tensor_entry_bound": tensor_entry_bound, "tensor_score_dim": tensor_score_dim}
+    given, others = (tensor, multipole) if kind == "tensor" else (multipole, tensor)
+    for name, value in others.items():
+        if value != convert.__kwdefaults__[name]:
+            raise ValueError(f"{name} is no option of convert(model, {kind!r}): leave it out; its options are layers, {', '.join(given)}")
     modules = _convertible(model)
     configs = {id(module.config): module.config for module in modules.values()}.values()
-    given = {"block_size": block_size, "rank": rank, "size_weighting": size_weighting}
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {"summary": summary, "far_bias_init": far_bias_init, "layers": _numbers(layers)}
+    defaults = TENSOR_OPTIONS if kind == "tensor" else STOCK_OPTIONS
+    given = {name: value for name, value in given.items() if value is not None or name == "far_bias_init"}
+    given |= {"layers": _numbers(layers)} | ({"tensor_window": list(tensor_window)} if isinstance(tensor_window, tuple) else {})
     before = [getattr(config, "multipole", None) for config in configs]
     try:
         for config, options in zip(configs, before):
-            config.multipole = STOCK_OPTIONS | (options or {}) | given
+            config.multipole = defaults | (options or {}) | given
             attention_options(config)
+            if has_tensor_options(config) != (kind == "tensor"):
+                raise ValueError("config.multipole has tensor_* options: take them out, or convert the model to 'tensor'")
         if layers is not None and any(getattr(module, "layer_idx", None) is None for module in modules.values()):
             raise ValueError(f"layers cannot be chosen in {type(model).__name__}, whose attention has no layer numbers; leave 'layers' out")
-        if not any(is_multipole(module) for module in modules.values()):
+        if not any(is_chosen(module) for module in modules.values()):
             which = "all layers" if layers is None else f"layers {list(layers)}"
             raise ValueError(f"there is nothing to convert: {which} have a sliding window, which is exact and stays so")
         for module in modules.values():
-            _give_far_field(module)
-            if hasattr(module, "far_field") and not any(parameter.is_meta for parameter in module.far_field.parameters()):
+            _give_part(module)
+            part = getattr(module, KINDS[kind], None)
+            if part is not None and not any(parameter.is_meta for parameter in part.parameters()):
                 # Later calls of the model's own initialisation leave it alone, as they do the rest of a model that is there.
-                module.far_field._is_hf_initialized = True
+                for one in part.modules():
+                    one._is_hf_initialized = True
     except ValueError:
         for config, options in zip(configs, before):
             _restore(config, options)
         for module in modules.values():
-            module._modules.pop("far_field", None)
+            _take_part(module)
         raise
     for config in configs:
-        config.attn_implementation = config._attn_implementation = "multipole"
+        config.attn_implementation = config._attn_implementation = kind
     return model
 
 
@@ -228,7 +285,7 @@ def _convertible(model: nn.Module) -> dict[str, nn.Module]:
                 f"{name} has {kind} modules, which convert does not know; it knows {', '.join(ATTENTION_CLASSES)}. "
                 "attn_implementation='multipole', with means, may run it all the same"
             )
-        if hasattr(module, "far_field"):
+        if _is_converted(module):
             raise ValueError(f"{name} was converted already; hf_multipole.revert gives the stock model back")
     return modules
 
@@ -243,7 +300,7 @@ def _restore(config, options: dict | None) -> None:
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes away what :func:`convert` gave to a model, learned summaries included, in place; returns the stock model, with the
+    """Takes away what :func:`convert` gave to a model, all that was learned included, in place; returns the stock model, with the
     attention implementation that Transformers would choose for it.
 
     Raises ValueError where the model was not converted.
@@ -253,7 +310,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not converted:
         raise ValueError(f"{type(model).__name__} was not converted: there is nothing to take away")
     for module in modules.values():
-        module._modules.pop("far_field", None)
+        _take_part(module)
     for config in converted:
         _restore(config, None)
         config._attn_implementation = model.get_correct_attn_implementation(None)

@@ -10,7 +10,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.attention_functions import exact_attention, multipole_attention_forward
 from ..modeling.attention_masks import MultipoleMask, multipole_mask
-from .conversion import attention_modules, is_multipole
+from .conversion import attention_modules, is_chosen
 
 _MEASUREMENT = "hf_multipole_measurement"
 
@@ -40,7 +40,7 @@ def layer_errors(model: PreTrainedModel, input_ids: torch.Tensor, settings: Sequ
     model: a stock model that was not converted. input_ids: ``(batch, n)``, without padding.
     Returns, for each of the settings, the error of each attention module by its name.
     """
-    names = {id(module): name for name, module in attention_modules(model).items() if is_multipole(module)}
+    names = {id(module): name for name, module in attention_modules(model).items() if is_chosen(module)}
     errors: list[dict[str, float]] = [{} for _ in settings]
 
     def attend(module, query, key, value, mask, dropout=0.0, scaling=None, softcap=None, **kwargs):

@@ -2,12 +2,13 @@
 
 import torch
 from torch import nn
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .attention_masks import MultipoleMask, WindowMask, multipole_mask, refuse_cross_attention
+from .attention_masks import MultipoleMask, TensorMask, WindowMask, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
-from .configuration_multipole import attention_options
+from .configuration_multipole import attention_options, has_tensor_options
 from .hierarchy import level_count
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
@@ -148,6 +149,17 @@ def _unmasked(module, query, key, is_causal: bool | None) -> MultipoleMask:
     return MultipoleMask(bool(causal), len(query), n, n, block_size)
 
 
+def _check_call(query, mask: MultipoleMask, is_causal=None, cu_seq_lens_q=None, **kwargs) -> None:
+    """Raises ValueError where arguments of a stock model's call contradict its mask."""
+    if is_causal not in (None, mask.causal) and query.shape[2] > 1:
+        raise ValueError(f"is_causal={is_causal} contradicts the mask that the model made; set is_causal in the configuration instead")
+    if cu_seq_lens_q is not None and mask.segment_ids is None:
+        raise ValueError(
+            "packed rows need position_ids that start anew with each document beside cu_seq_lens_q, no attention_mask and "
+            "use_cache=False; or give each document its own row"
+        )
+
+
 def multipole_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -189,15 +201,7 @@ def multipole_attention_forward(
             f"the mask is for {attention_mask.length} keys, but there are {key.shape[2]}: "
             "cross-attention and static caches are not supported by attn_implementation='multipole'"
         )
-    if kwargs.get("is_causal") not in (None, attention_mask.causal) and query.shape[2] > 1:
-        raise ValueError(
-            f"is_causal={kwargs['is_causal']} contradicts the mask that the model made; set is_causal in the configuration instead"
-        )
-    if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
-        raise ValueError(
-            "attn_implementation='multipole' needs position_ids that start anew with each packed document beside cu_seq_lens_q, no "
-            "attention_mask and use_cache=False; or give each document its own row"
-        )
+    _check_call(query, attention_mask, **kwargs)
     if _is_exact(module):
         if past is not None:
             raise ValueError("the cache was made for other layers than config.multipole['layers']: make it from this model's configuration")
@@ -235,16 +239,22 @@ def multipole_attention_forward(
 
 
 _NOT_TENSOR = (
-    "attn_implementation='tensor' is for layers with further keys and values, which this model does not have: use the tensor_attention "
-    "layers of MultipoleConfig(layer_types=...), or another implementation"
+    "attn_implementation='tensor' is for layers with further keys and values, which this model does not have: use "
+    'hf_multipole.convert(model, "tensor") for a stock model, the tensor_attention layers of MultipoleConfig(layer_types=...), or another '
+    "implementation"
 )
 
 
-def tensor_mask(*args, config=None, **kwargs) -> MultipoleMask | WindowMask:
-    """Mask function of "tensor": as :func:`multipole_mask`, for models that have tensor layers."""
-    if "tensor_attention" not in (getattr(config, "layer_types", None) or ()):
+def tensor_mask(*args, config=None, **kwargs) -> MultipoleMask | TensorMask:
+    """Mask function of "tensor": as :func:`multipole_mask`, for models that have tensor layers; for converted stock models, with what
+    "sdpa" is given.
+    """
+    if "tensor_attention" in (getattr(config, "layer_types", None) or ()):
+        return multipole_mask(*args, config=config, **kwargs)
+    if not has_tensor_options(config):
         raise ValueError(_NOT_TENSOR)
-    return multipole_mask(*args, config=config, **kwargs)
+    windowed = kwargs.get("local_size") is not None
+    return TensorMask(sdpa_mask(*args, **kwargs), None if windowed else multipole_mask(*args, config=config, **kwargs))
 
 
 @torch.compiler.disable
@@ -258,17 +268,48 @@ def _attend_sums(module, layer, query, key, value, mask: MultipoleMask) -> torch
     return out.to(query.dtype)
 
 
+_NO_WEIGHTS = "output_attentions is not supported by tensor layers, which weigh tuples of tokens; leave it out"
+
+
+def _branched_attention(module, query, key, value, mask, dropout, scaling, output_attentions, softcap=None, **kwargs):
+    """Stock models that were converted to "tensor": exact attention, and what ``module.tensor_branch`` adds to it. Layers that were not
+    chosen, and those with a window, are exact alone.
+
+    Exact attention is that of "sdpa", to the bit, where that can do it: without a soft cap, and without weights.
+    """
+    branch, is_causal = getattr(module, "tensor_branch", None), kwargs.get("is_causal")
+    if not has_tensor_options(module.config):
+        raise ValueError(_NOT_TENSOR)
+    if mask is None:
+        mask = TensorMask(None, _unmasked(module, query, key, is_causal))
+    if not isinstance(mask, TensorMask):
+        raise ValueError("attn_implementation='tensor' needs the mask that its own mask function makes; masks over pairs need 'sdpa'")
+    if branch is None and mask.tokens is not None and not _is_exact(module):
+        raise ValueError(_NOT_TENSOR)
+    if softcap is None and not output_attentions:
+        out, weights = sdpa_attention_forward(module, query, key, value, mask.exact, dropout, scaling, **kwargs)
+    else:
+        causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        out, weights = exact_attention(query, key, value, mask.exact, causal, dropout, scaling, softcap, output_attentions)
+    if branch is None or mask.tokens is None:
+        return out, weights
+    if output_attentions:
+        raise ValueError(_NO_WEIGHTS)
+    _check_call(query, mask.tokens, **kwargs)
+    return out + branch(query, key, value, mask.tokens.documents, mask.tokens.causal, dropout).to(out.dtype), None
+
+
 def tensor_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: MultipoleMask | None,
+    attention_mask: MultipoleMask | TensorMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     output_attentions: bool | None = False,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function of "tensor": see :func:`tensor_attention`; its options are in ``module.options``.
 
     Transformers' interface has room for one key and one value. Those of all ``module.indices`` indices travel in them side by side,
@@ -277,12 +318,14 @@ def tensor_attention_forward(
 
     query: ``(batch, heads, queries, score_dim)``. n may be less than the tokens so far, where the cache kept a window; with a
     cache that keeps sums, key is its PastTokens and value holds the new tokens.
-    Returns the output ``(batch, queries, heads, head_dim)``, and no weights.
+    In a stock model, whose cache keeps what its own attention needs, key and value have one index: the tensor branch of a converted
+    layer makes those of the others out of them (:class:`TensorBranch`).
+    Returns the output ``(batch, queries, heads, head_dim)``; no weights, except for the exact layers of stock models.
     """
     if not hasattr(module, "indices"):
-        raise ValueError(_NOT_TENSOR)
+        return _branched_attention(module, query, key, value, attention_mask, dropout, scaling, output_attentions, **kwargs)
     if output_attentions:
-        raise ValueError("output_attentions is not supported by tensor layers, which weigh tuples of tokens; leave it out")
+        raise ValueError(_NO_WEIGHTS)
     if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
         raise ValueError("cu_seq_lens_q needs use_cache=False and no attention_mask in models with tensor layers")
     check_options(module.indices, dropout_p=dropout, **module.options)

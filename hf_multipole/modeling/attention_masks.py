@@ -161,6 +161,18 @@ class WindowMask(_Opaque):
         return replace(self, mask=self.mask.to(*args, **kwargs))
 
 
+@dataclass(eq=False)
+class TensorMask(_Opaque):
+    """Mask of the layers of a stock model that has tensor branches."""
+
+    exact: torch.Tensor | None  # what "sdpa" would be given
+    tokens: MultipoleMask | None  # for the tensor branch; None for layers with a window, which stay exact
+
+    def to(self, *args, **kwargs) -> "TensorMask":
+        given = {name: x for name, x in (("exact", self.exact), ("tokens", self.tokens)) if x is not None}
+        return replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items()})
+
+
 def _kept(function: Callable, made_by: Callable) -> dict | None:
     """What an inner function of Transformers keeps of the one that made it; None where another one did."""
     if function.__code__ is not made_by.__code__:

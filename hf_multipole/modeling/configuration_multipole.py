@@ -20,6 +20,15 @@ for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
 SUMMARIES = ("hierarchical", "direct", "mean")
 # Options of ``config.multipole`` on models of other kinds, and their defaults: means of groups, in all layers without a window.
 STOCK_OPTIONS = {"block_size": 64, "rank": 4, "summary": "mean", "size_weighting": True, "far_bias_init": None, "layers": None}
+# Those of tensor attention, which have the same names in both; one of them in ``config.multipole`` asks for a tensor branch.
+TENSOR_OPTIONS = {
+    "tensor_order": 3,
+    "tensor_method": "exact",
+    "tensor_window": None,
+    "tensor_degree": None,
+    "tensor_entry_bound": None,
+    "tensor_score_dim": None,
+}
 
 
 def attention_options(config: PreTrainedConfig) -> dict:
@@ -34,10 +43,11 @@ def attention_options(config: PreTrainedConfig) -> dict:
     given = getattr(config, "multipole", None) or {}
     if not isinstance(given, dict):
         raise ValueError(f"config.multipole is {given!r}, but must be a dict such as {{'block_size': 64, 'rank': 4}}")
-    unknown = sorted(set(given) - set(STOCK_OPTIONS))
+    unknown = sorted(set(given) - set(STOCK_OPTIONS | TENSOR_OPTIONS))
     if unknown:
-        raise ValueError(f"config.multipole has {unknown[0]!r}, but the options are {', '.join(map(repr, STOCK_OPTIONS))}")
-    options = STOCK_OPTIONS | given
+        names = ", ".join(map(repr, STOCK_OPTIONS | TENSOR_OPTIONS))
+        raise ValueError(f"config.multipole has {unknown[0]!r}, but the options are {names}")
+    options = STOCK_OPTIONS | {name: value for name, value in given.items() if name in STOCK_OPTIONS}
     check_sizes(options["block_size"], options["rank"])
     if options["summary"] not in SUMMARIES:
         raise ValueError(f"summary is {options['summary']!r}, but must be one of {', '.join(map(repr, SUMMARIES))}")
@@ -52,7 +62,70 @@ def attention_options(config: PreTrainedConfig) -> dict:
         wrong = [x for x in layers if isinstance(x, bool) or x not in numbers] if isinstance(layers, list | tuple) else [layers]
         if wrong or not layers:
             raise ValueError(f"layers is {layers!r}, but must be a list of layer numbers from 0 to {numbers[-1]}, or None for all")
+    if has_tensor_options(config) and (options["summary"] != "mean" or bias is not None):
+        raise ValueError(
+            "config.multipole asks for learned parts of multipole attention and, by its tensor_* options, for a tensor branch: a model has "
+            "one or the other"
+        )
     return options
+
+
+def has_tensor_options(config: PreTrainedConfig) -> bool:
+    """Whether the configuration of a model of another kind asks for a tensor branch."""
+    return config.model_type != "multipole" and any(name in TENSOR_OPTIONS for name in getattr(config, "multipole", None) or ())
+
+
+def tensor_options(config: PreTrainedConfig, head_dim: int) -> dict:
+    """The options of tensor attention in ``config.multipole``, all of them.
+
+    Raises ValueError for an option that is unknown or out of range.
+    """
+    attention_options(config)
+    options = _complete_tensor_options(
+        TENSOR_OPTIONS | {name: x for name, x in config.multipole.items() if name in TENSOR_OPTIONS}, head_dim
+    )
+    _check_tensor_options(options)
+    _check_polynomial(options)
+    return options
+
+
+def _complete_tensor_options(options: dict, head_dim: int) -> dict:
+    """With the defaults that depend on other options."""
+    polynomial, window = options["tensor_method"] == "polynomial", options["tensor_window"]
+    completed = {
+        "tensor_score_dim": 8 if polynomial else head_dim,
+        # With a score_dim of 8 and order 3, a degree of 4 and 495 features.
+        "tensor_entry_bound": 0.7 if polynomial else None,
+    }
+    completed = {name: value if options[name] is None else options[name] for name, value in completed.items()}
+    return options | completed | {"tensor_window": list(window) if isinstance(window, tuple) else window}
+
+
+def _check_tensor_options(options: dict) -> None:
+    for name, least in (("tensor_order", 2), ("tensor_score_dim", 1)):
+        if isinstance(options[name], bool) or not isinstance(options[name], int) or options[name] < least:
+            raise ValueError(f"{name} is {options[name]!r}, but must be {'positive' if least == 1 else f'at least {least}'}")
+    bound = options["tensor_entry_bound"]
+    if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
+        raise ValueError(f"tensor_entry_bound is {bound!r}, but must be a positive number, or None")
+    try:
+        check_options(options["tensor_order"] - 1, options["tensor_method"], options["tensor_window"], degree=options["tensor_degree"])
+    except ValueError as error:
+        raise ValueError(f"tensor_{error}") from None
+
+
+def _check_polynomial(options: dict) -> None:
+    """Raises ValueError where there is no polynomial for the bound on the entries."""
+    if options["tensor_method"] != "polynomial":
+        return
+    score_dim, bound = options["tensor_score_dim"], options["tensor_entry_bound"]
+    try:
+        approximate(score_dim, options["tensor_order"], score_dim**-0.5, bound, options["tensor_degree"], TOLERANCE, torch.float32)
+    except ValueError as error:
+        reason = str(error).split(": ")[0]
+        raise ValueError(
+            f"{reason}: take a smaller tensor_entry_bound or tensor_score_dim, another tensor_degree, or tensor_method='exact'"
+        ) from None
 
 
 @strict
@@ -143,14 +216,8 @@ class MultipoleConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             # The gated MLP has three matrices: 8 / 3 keeps the parameters of the usual factor 4, in multiples of 32.
             self.intermediate_size = -(-8 * self.hidden_size // 3 // 32) * 32
-        polynomial = self.tensor_method == "polynomial"
-        if self.tensor_score_dim is None:
-            self.tensor_score_dim = 8 if polynomial else self.head_dim
-        if self.tensor_entry_bound is None and polynomial:
-            # With a score_dim of 8 and order 3, a degree of 4 and 495 features.
-            self.tensor_entry_bound = 0.7
-        if self.tensor_window is not None:
-            self.tensor_window = list(self.tensor_window)
+        for name, value in _complete_tensor_options(self._tensor_options(), self.head_dim).items():
+            setattr(self, name, value)
         if self.layer_types is None:
             self.layer_types = ["multipole_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -192,29 +259,18 @@ class MultipoleConfig(PreTrainedConfig):
 
     def validate_tensor(self):
         """Part of the strict validation: options of tensor layers, and that there is a polynomial for their bound."""
-        bound, polynomial = self.tensor_entry_bound, self.tensor_method == "polynomial"
-        if self.tensor_order < 2:
-            raise ValueError(f"tensor_order is {self.tensor_order}, but must be at least 2")
-        if bound is not None and not 0 < bound < math.inf:
-            raise ValueError(f"tensor_entry_bound is {bound!r}, but must be a positive number, or None")
-        try:
-            check_options(self.tensor_order - 1, self.tensor_method, self.tensor_window, degree=self.tensor_degree)
-        except ValueError as error:
-            raise ValueError(f"tensor_{error}") from None
-        if not polynomial or "tensor_attention" not in self.layer_types:
+        options = self._tensor_options()
+        _check_tensor_options(options)
+        if "tensor_attention" not in self.layer_types:
             return
-        if self.attention_dropout:
+        if self.tensor_method == "polynomial" and self.attention_dropout:
             raise ValueError(
                 f"attention_dropout is {self.attention_dropout}, but tensor_method='polynomial' has no single weights to drop: set it to 0"
             )
-        scale = self.tensor_score_dim**-0.5
-        try:
-            approximate(self.tensor_score_dim, self.tensor_order, scale, bound, self.tensor_degree, TOLERANCE, torch.float32)
-        except ValueError as error:
-            reason = str(error).split(": ")[0]
-            raise ValueError(
-                f"{reason}: take a smaller tensor_entry_bound or tensor_score_dim, another tensor_degree, or tensor_method='exact'"
-            ) from None
+        _check_polynomial(options)
+
+    def _tensor_options(self) -> dict:
+        return {name: getattr(self, name) for name in TENSOR_OPTIONS}
 
 
 __all__ = ["MultipoleConfig"]

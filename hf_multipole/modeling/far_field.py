@@ -8,7 +8,23 @@ from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary
 
 
-class FarField(nn.Module):
+class LearnedPart(nn.Module):
+    """What a converted model has more than the stock one. Its ``reset_parameters`` fills what a checkpoint lacks."""
+
+    # Transformers asks every module for this flag, runs the initialisation of the model on it, which in a stock model knows nothing
+    # of this class, and sets the flag: the moment to fill parameters that the checkpoint lacked.
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        if value and not self._is_hf_initialized:
+            self.reset_parameters()
+        self.__dict__["_initialized"] = value
+
+
+class FarField(LearnedPart):
     """The learned parts of a layer, the attribute ``far_field`` of its attention module.
 
     options: as from :func:`attention_options`. max_length: tokens that direct summaries are made for, and that the levels of the far
@@ -58,15 +74,3 @@ class FarField(nn.Module):
                 used += [summary.tokens, summary.merge][:levels]
         unused = [x.sum() for x in self.parameters() if x.requires_grad and not any(x is y for y in used)]
         return out + (0 * torch.stack(unused).sum()).to(out.dtype) if unused else out
-
-    # Transformers asks every module for this flag, runs the initialisation of the model on it, which in a stock model knows nothing
-    # of this class, and sets the flag: the moment to fill parameters that the checkpoint lacked.
-    @property
-    def _is_hf_initialized(self) -> bool:
-        return self.__dict__.get("_initialized", False)
-
-    @_is_hf_initialized.setter
-    def _is_hf_initialized(self, value: bool) -> None:
-        if value and not self._is_hf_initialized:
-            self.reset_parameters()
-        self.__dict__["_initialized"] = value

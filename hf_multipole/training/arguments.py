@@ -39,7 +39,11 @@ class ModelArguments:
     dtype: str = field(default="float32", metadata={"help": "dtype of the parameters: float32, bfloat16 or auto (the checkpoint's)"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run the code that a checkpoint brings"})
     convert: dict | str | None = field(
-        default=None, metadata={"help": "turns a checkpoint's attention into another kind: {kind: multipole, block_size: 64, rank: 4}"}
+        default=None,
+        metadata={
+            "help": "turns a checkpoint's attention into another kind: {kind: multipole, block_size: 64, rank: 4}, or adds to it: "
+            "{kind: tensor, tensor_window: [32, 512]}"
+        },
     )
 
     def __post_init__(self):
