@@ -10,7 +10,7 @@ So they run in the same block as multipole attention, in layers of "full_attenti
         positions, rope_parameters: {rope_type: linear, rope_theta: 10000.0, factor: 1.0e9};
     peer_local: exact attention in blocks of 128 and the ones beside them (local-attention);
     peer_h_transformer_1d: hierarchical attention (Zhu and Soricut, arXiv 2107.11906; h-transformer-1d), block size 32;
-    peer_nystrom: Nystroem attention, bidirectional (arXiv 2102.03902; nystrom-attention), 64 landmarks.
+    peer_nystrom: Nystroem attention, bidirectional (arXiv 2102.03902; nystrom-attention), 64 landmarks, without its convolution.
 For training and evaluation of whole rows: no padding, packed documents, cache or dropout.
 """
 
@@ -64,6 +64,8 @@ def local(q, k, v, causal, scaling):
 def h_transformer_1d(q, k, v, causal, scaling):
     peers = import_module("h_transformer_1d.h_transformer_1d")
     heads, n, dim = q.shape[1:]
+    if not causal and n & (n - 1):
+        raise ValueError(f"peer_h_transformer_1d would attend to its own padding: rows must have a power of 2 of tokens, not {n}")
     kind = peers.CausalHAttention1D if causal else peers.HAttention1D
     peer = kind(1, max_seq_len=1 << (n - 1).bit_length(), heads=heads, dim_head=dim, block_size=BLOCK_SIZE).to(q.device)
     peer.scale, peer.to_qkv, peer.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()
@@ -74,7 +76,9 @@ def h_transformer_1d(q, k, v, causal, scaling):
 def nystrom(q, k, v, causal, scaling):
     if causal:
         raise ValueError("peer_nystrom is for masked models: its landmarks are means over the whole row, the future included")
-    heads, dim = q.shape[1], q.shape[3]
+    heads, n, dim = q.shape[1:]
+    if n % LANDMARKS:
+        raise ValueError(f"peer_nystrom would attend to its own padding: rows must have a multiple of {LANDMARKS} tokens, not {n}")
     peer = import_module("nystrom_attention").NystromAttention(1, dim, heads, LANDMARKS, residual=False)
     peer.scale, peer.to_qkv, peer.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()
     x = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)

@@ -54,7 +54,7 @@ AXES = ("budgets", "contexts", "seeds")
 DECIDED = ("max_steps", "seed", "output_dir", "resume_from_checkpoint", "push_to_hub")
 # So many rows a step or of held-out text, at the context of base.
 ROWS_OF_TOKENS = ("per_device_train_batch_size", "eval_rows", "test_rows")
-DRAWN = 10  # rows, from the first, in the plots that have a line for each
+DRAWN = 6  # rows, from the first, in the plots that have a line for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +91,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.=]+", "-", name.lower()).strip("-")
 
 
-def read_study(path: Path, output: Path) -> list[Run]:
-    """The runs of a study: short budgets and first seeds first, so that one that is under way compares as many rows as it can.
+def read_study(path: Path, output: Path) -> tuple[list[Run], list[str]]:
+    """The runs of a study, and its rows. Short budgets and first seeds come first: a study under way compares as many rows as it can.
 
     Raises ValueError and OSError with one line for what cannot be run.
     """
@@ -140,7 +140,7 @@ def read_study(path: Path, output: Path) -> list[Run]:
     runs.sort(key=lambda run: (run.values["max_steps"], study["seeds"].index(run.seed), study["contexts"].index(run.context)))
     for run in runs:
         refuse_another(run)
-    return runs
+    return runs, list(study["rows"])
 
 
 def names_of_fields(base: dict) -> set[str]:
@@ -384,9 +384,9 @@ def plot_rows(found: list[dict], rows: list[str], metric: str, path: Path) -> No
     plt.close(figure)
 
 
-def write_report(name: str, command: str, runs: list[Run], record: dict, path: Path) -> None:
+def write_report(name: str, command: str, runs: list[Run], rows: list[str], record: dict, path: Path) -> None:
     """The tables, and under images/ the plots."""
-    found, rows = record["runs"], list(dict.fromkeys(run.row for run in runs))
+    found = record["runs"]
     masked = "mlm_probability" in runs[0].values
     metric, unit = ("masked_accuracy", "bits per masked token") if masked else ("bits_per_byte", "bits per byte")
     cells = list(dict.fromkeys((run.budget, run.context) for run in runs))
@@ -444,7 +444,7 @@ def main() -> None:
     try:
         if args.jobs < 1:
             raise ValueError(f"--jobs is {args.jobs}, but must be positive")
-        runs = read_study(args.study, args.output)
+        runs, rows = read_study(args.study, args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"study.py: {one_line(error)}")
     if args.list:
@@ -457,7 +457,7 @@ def main() -> None:
         record = {"study": name, "command": command, "machine": machine(), "runs": results(runs)}
         if record["runs"]:
             checkpoints.write_json(args.output / "results.json", record)
-            write_report(name, command, runs, record, args.report)
+            write_report(name, command, runs, rows, record, args.report)
 
     try:
         failed = run_all(runs, args.jobs, collect)

@@ -82,14 +82,14 @@ def test_a_study_interrupted_and_continued(tmp_path):
         assert run["seconds_per_step"] > 0 and run["peak_memory"] > 1e7 and run["by_position"][-1]["to"] == 32
     text = (tmp_path / "mini.md").read_text()
     assert f"| linear | {record['runs'][1]['metrics']['bits_per_byte']:.4f} | 1 |" in text and "2 of 2 runs are done" in text
-    assert all(run.done for run in study.read_study(path, tmp_path / "runs" / "mini"))
+    assert all(run.done for run in study.read_study(path, tmp_path / "runs" / "mini")[0])
 
 
 def test_the_plan(tmp_path):
     """Every context has as many tokens a step; rows may keep to some of the grid; the short and the first come first."""
     rows = {"multipole": {}, "rank 4": {"config_overrides": {"rank": 4}, "seeds": [1], "contexts": [64]}}
     path = write_study(tmp_path, rows=rows, budgets={"short": 6, "long": 12}, contexts=[32, 64], seeds=[0, 1])
-    runs = study.read_study(path, tmp_path / "out")
+    runs, _ = study.read_study(path, tmp_path / "out")
     assert [(run.row, run.budget, run.context, run.seed) for run in runs[:5]] == [
         ("multipole", "short", 32, 0),
         ("multipole", "short", 64, 0),
@@ -128,8 +128,16 @@ def test_refused_before_anything_runs(tmp_path, changed, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("path", sorted((SCRIPTS.parent / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_studies_of_this_repository(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.Peer, "installed", lambda peer: True)
+    runs, _ = study.read_study(path, tmp_path)
+    assert {"multipole", "near field only", "full attention"} <= {run.row for run in runs}
+    assert len({run.folder for run in runs}) == len(runs)
+
+
 def test_a_row_that_changed_is_refused(tmp_path):
-    (run,) = study.read_study(write_study(tmp_path, rows={"a": {}}), tmp_path / "out")
+    (run,), _ = study.read_study(write_study(tmp_path, rows={"a": {}}), tmp_path / "out")
     run.folder.mkdir(parents=True)
     (run.folder / "configuration.yaml").write_text(yaml.safe_dump(run.values))
     path = write_study(tmp_path, rows={"a": {"learning_rate": 0.02}})
@@ -166,7 +174,7 @@ def test_peers(name, causal):
     if not peer.installed() or (name == "peer_nystrom" and causal):
         pytest.skip(f"{peer.package} is not installed" if not peer.installed() else "bidirectional")
     torch.manual_seed(0)
-    n, at = 192, 90
+    n, at = 256, 90
     q, k, v = (torch.randn(2, 2, n, 8, dtype=torch.float64).float().requires_grad_() for _ in range(3))
     out = peer.attention(q, k, v, causal, 0.3)
     assert out.shape == v.shape and out.isfinite().all()
@@ -188,6 +196,9 @@ def test_peers(name, causal):
 def test_peers_refuse():
     with pytest.raises(ValueError, match="future included"):
         peers.nystrom(*(torch.randn(1, 1, 8, 4) for _ in range(3)), True, 1.0)
+    for peer in (peers.nystrom, peers.h_transformer_1d):
+        with pytest.raises(ValueError, match="attend to its own padding"):
+            peer(*(torch.randn(1, 1, 65, 4) for _ in range(3)), False, 1.0)
     with pytest.raises(ValueError, match="no padding"):
         peers.mask_function(attention_mask=torch.tensor([[True, False]]))
     with pytest.raises(ValueError, match="no packed documents"):
