@@ -91,11 +91,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.=]+", "-", name.lower()).strip("-")
 
 
-def read_study(path: Path, output: Path) -> tuple[list[Run], list[str]]:
-    """The runs of a study, and its rows. Short budgets and first seeds come first: a study under way compares as many rows as it can.
-
-    Raises ValueError and OSError with one line for what cannot be run.
-    """
+def read_study(path: Path) -> dict:
+    """What a study's file holds, its form and names checked. Raises ValueError and OSError with one line."""
     try:
         study = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -112,39 +109,44 @@ def read_study(path: Path, output: Path) -> tuple[list[Run], list[str]]:
                 raise ValueError(f"{axis} of {path} has {number!r}, but they are whole numbers of at least {least}")
             if numbers.count(number) > 1:
                 raise ValueError(f"{axis} of {path} has {number} twice")
-    base = study["base"]
-    check_names([name for name in base if name not in DECIDED], names_of_fields(base), f"base of {path}")
-    names = [slug(row) for row in study["rows"]]
-    for row, name in zip(study["rows"], names):
-        if not name or names.count(name) > 1:
-            raise ValueError(f"rows of {path} has {row!r}, but its folder {name!r} is not its own: give another name")
-    runs = []
+    known = {name for kind in kinds(study["base"]) for name in kind.__dataclass_fields__}
+    for where, values, names in [
+        (f"base of {path}", study["base"], known),
+        *((f"row {row!r} of {path}", values or {}, {*known, *AXES}) for row, values in study["rows"].items()),
+    ]:
+        check_names(values, names, where)
+        for name in DECIDED:
+            if name in values:
+                raise ValueError(f"{where} has {name}, which the study decides: leave it out")
+        for axis in AXES:
+            if unknown := [x for x in values.get(axis, ()) if x not in study[axis]]:
+                raise ValueError(f"{where} has {axis} {unknown[0]!r}, but the study's are {', '.join(map(str, study[axis]))}")
+    return study
+
+
+def plan(path: Path, output: Path) -> tuple[list[Run], list[str]]:
+    """The runs of a study, and its rows. Short budgets and first seeds come first: a study under way compares as many rows as it can.
+
+    Raises ValueError and OSError with one line for what cannot be run.
+    """
+    study, runs = read_study(path), []
     for row, overrides in study["rows"].items():
         overrides = dict(overrides or {})
-        where = f"row {row!r} of {path}"
-        check_names(overrides, {*names_of_fields(base), *AXES}, where)
-        chosen = {axis: overrides.pop(axis, list(study[axis])) for axis in AXES}
-        for axis in AXES:
-            if unknown := [x for x in chosen[axis] if x not in study[axis]]:
-                raise ValueError(f"{where} has {axis} {unknown[0]!r}, but the study's are {', '.join(map(str, study[axis]))}")
-        for name in DECIDED:
-            if name in base or name in overrides:
-                raise ValueError(f"{where if name in overrides else f'base of {path}'} has {name}, which the study decides: leave it out")
-        for context in chosen["contexts"]:
-            values = at_context(merge(base, overrides), base, context, where)
-            refuse_what_cannot_run(values, where)
-            for budget, seed in itertools.product(chosen["budgets"], chosen["seeds"]):
+        budgets, contexts, seeds = (overrides.pop(axis, list(study[axis])) for axis in AXES)
+        for context in contexts:
+            values = at_context(merge(study["base"], overrides), study["base"], context, f"row {row!r} of {path}")
+            refuse_what_cannot_run(values, f"row {row!r} of {path}")
+            for budget, seed in itertools.product(budgets, seeds):
                 folder = output / slug(row) / f"{slug(budget)}-{context}-{seed}"
                 decided = {"max_steps": study["budgets"][budget], "seed": seed, "output_dir": str(folder)}
                 runs.append(Run(row, budget, context, seed, folder, values | decided))
     runs.sort(key=lambda run: (run.values["max_steps"], study["seeds"].index(run.seed), study["contexts"].index(run.context)))
+    owner = {}
     for run in runs:
+        if (other := owner.setdefault(run.folder, run)) is not run:
+            raise ValueError(f"{path}: {run.name!r} and {other.name!r} have one folder, {run.folder}: give one another name")
         refuse_another(run)
     return runs, list(study["rows"])
-
-
-def names_of_fields(base: dict) -> set[str]:
-    return {name for kind in kinds(base) for name in kind.__dataclass_fields__}
 
 
 def kinds(base: dict) -> tuple[type, ...]:
@@ -234,23 +236,23 @@ def stop(signal_number, frame):
 def run_all(runs: list[Run], jobs: int, collect) -> list[str]:
     """Runs what is not done, ``jobs`` at once; returns a line for each run that failed. What runs is ended when this process is."""
     waiting, running, failed = [run for run in runs if not run.done], {}, []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads, steps = max(1, (os.cpu_count() or 1) // jobs), {run: run.step for run in runs}
     signal.signal(signal.SIGTERM, stop)
-    with tqdm(total=sum(run.values["max_steps"] for run in runs), unit=" steps", desc="study", mininterval=1) as bar:
+    with tqdm(total=sum(run.values["max_steps"] for run in runs), initial=sum(steps.values()), unit=" steps", desc="study") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    if run.done:
-                        continue
-                    process = start(run, threads)
-                    if process is None:
-                        tqdm.write(f"{run.name}: left to the process that works on it")
-                    else:
+                    process = None if run.done else start(run, threads)
+                    if process is not None:
                         running[run] = process
-                time.sleep(0.1)
+                    elif not run.done:
+                        tqdm.write(f"{run.name}: left to the process that works on it")
+                time.sleep(0.2)
                 for run, (process, log) in list(running.items()):
-                    if process.poll() is None:
+                    ended = process.poll() is not None
+                    steps[run] = run.step
+                    if not ended:
                         continue
                     del running[run]
                     log.close()
@@ -260,9 +262,8 @@ def run_all(runs: list[Run], jobs: int, collect) -> list[str]:
                         lines = (run.folder / "log.txt").read_text().strip().splitlines() or [f"exit status {process.returncode}"]
                         failed.append(f"{run.name}: {lines[-1]} ({run.folder / 'log.txt'})")
                         tqdm.write(failed[-1])
-                bar.n = sum(run.step for run in runs)
-                bar.set_postfix_str(f"{sum(run.done for run in runs)} of {len(runs)} runs done, {len(running)} running", refresh=False)
-                bar.refresh()
+                bar.set_postfix_str(f"{len(runs) - len(waiting) - len(running)} of {len(runs)} runs, {len(running)} at work", refresh=False)
+                bar.update(sum(steps.values()) - bar.n)
         finally:
             for process, log in running.values():
                 process.terminate()
@@ -444,7 +445,7 @@ def main() -> None:
     try:
         if args.jobs < 1:
             raise ValueError(f"--jobs is {args.jobs}, but must be positive")
-        runs, rows = read_study(args.study, args.output)
+        runs, rows = plan(args.study, args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"study.py: {one_line(error)}")
     if args.list:
@@ -454,8 +455,12 @@ def main() -> None:
 
     def collect():
         command = shlex.join(["python", *sys.argv])
-        record = {"study": name, "command": command, "machine": machine(), "runs": results(runs)}
-        if record["runs"]:
+        if not any(run.done for run in runs):
+            return
+        with (args.output / "results.lock").open("w") as lock:
+            # Another study.py may be at it, too.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            record = {"study": name, "command": command, "machine": machine(), "runs": results(runs)}
             checkpoints.write_json(args.output / "results.json", record)
             write_report(name, command, runs, rows, record, args.report)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import resource
 import statistics
 import sys
 from collections.abc import Iterable
@@ -176,10 +175,14 @@ def build_rows(
     return train, held_out, held_out_texts if isinstance(held_out_texts, list) else []
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the most that tensors took, otherwise the most that this process did, with all its libraries."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: on CUDA the most that tensors took, otherwise the most that this process did, with all its libraries; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
     # Linux counts in kibibytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
