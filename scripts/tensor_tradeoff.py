@@ -257,12 +257,17 @@ def best_bound(steps, kind, n):
     return max((step["bound"] for step in steps if step[kind]["from"] <= n), default=math.nan)
 
 
+def short(x, digits=3):
+    """With so many digits that count, written out."""
+    return f"{float(f'{x:.{digits}g}'):,.15g}"
+
+
 def length(n, exact):
     """A break-even length in words: ~ where it follows from the exact path's law, beyond the rows that it was timed on."""
     shortest, longest = exact["points"][0][0], exact["points"][-1][0]
     if n == math.inf:
         return "never"
-    return f"under {shortest:,}" if n < shortest else f"{'~' * (n > longest)}{float(f'{n:.2g}'):,.0f}"
+    return f"under {shortest:,}" if n < shortest else f"{'~' * (n > longest)}{short(n, 2)}"
 
 
 def table(o, cells, steps, exact):
@@ -275,7 +280,7 @@ def table(o, cells, steps, exact):
         else:
             step = next(step for step in steps if (step["order"], step["degree"]) == (found["order"], found["degree"]))
             row += [str(found["degree"]), f"{found['features']:,}", found["dtype"], f"{found['delta']:.1e}", f"{found['error']:.1e}"]
-            row.append(" / ".join(f"{step[kind]['coefficients'][1] * 1e6:,.3g}" for kind in KINDS))
+            row.append(" / ".join(short(step[kind]["coefficients"][1] * 1e6) for kind in KINDS))
             row.append(" / ".join(length(step[kind]["from"], exact[found["order"], kind]) for kind in KINDS))
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
@@ -284,11 +289,11 @@ def table(o, cells, steps, exact):
 def exact_table(o, exact):
     lines = ["| order | attention | measured | law | largest error | at 65,536 tokens, by the law |", "|---:|---|---|---|---:|---:|"]
     for (order, kind), found in exact.items():
-        points = ", ".join(f"{n:,}: {seconds * 1e3:,.3g} ms" for n, seconds in found["points"])
+        points = ", ".join(f"{n:,}: {short(seconds * 1e3)} ms" for n, seconds in found["points"])
         seen = {"bidirectional": f"n^{order}", "causal": f"n^{order} / {order}"}[kind]
         parts = [f"{c * 1e6:.3g} µs{unit}" for c, unit in zip(found["coefficients"], ("", " n", f" {seen}")) if c]
         far = predict(found["coefficients"], exact_terms(order, kind), 65536)
-        lines.append(f"| {order} | {kind} | {points} | {' + '.join(parts)} | {found['error']:.0%} | {far:,.3g} s |")
+        lines.append(f"| {order} | {kind} | {points} | {' + '.join(parts)} | {found['error']:.0%} | {short(far)} s |")
     return "\n".join(lines)
 
 
@@ -334,9 +339,9 @@ def draw(o, cells, steps, exact, path):
         ends = [0, *(step["bound"] for step in own)]
         for kind, style in zip(KINDS, ("-", ":")):
             label = f"order {order}" if kind == "causal" else None
-            pays.stairs([min(step[kind]["from"], 1e9) for step in own], ends, baseline=None, color=color, linestyle=style, label=label)
+            starts = [min(max(step[kind]["from"], exact[order, kind]["points"][0][0]), 1e9) for step in own]
+            pays.stairs(starts, ends, baseline=None, color=color, linestyle=style, label=label)
         sizes.stairs([step["features"] for step in own], ends, baseline=None, color=color)
-        sizes.annotate(f" order {order}", (ends[-1], own[-1]["features"]), color=color, fontsize=8, va="bottom", ha="center")
         for axes in (pays, sizes):
             axes.axvline(ends[-1], color=color, linewidth=0.6, linestyle="--")
         shortest = exact[order, "causal"]["points"][0][0]
