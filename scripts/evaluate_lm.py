@@ -76,7 +76,10 @@ def prepare(args):
     )
     accelerator = Accelerator()
     options = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **options)
+    try:
+        config = AutoConfig.from_pretrained(args.model, **options)
+    except OSError as error:
+        raise OSError(f"there is no checkpoint {args.model}: {error}") from error
     causal = not any("MaskedLM" in name for name in config.architectures or ())
     if not causal and (args.stride or args.probes):
         raise ValueError("--stride and --probes are for causal models, but this one is masked")

@@ -118,7 +118,9 @@ def _load_splits(args: DataArguments) -> tuple[Dataset | IterableDataset, Datase
         return load_dataset(**options, split=args.train_split_name), None
     splits: DatasetDict | IterableDatasetDict = load_dataset(**options)
     if args.train_split_name not in splits:
-        raise ValueError(f"{args.dataset_name} has no split {args.train_split_name!r}; it has {', '.join(splits)}")
+        raise ValueError(
+            f"{args.dataset_name or ', '.join(args.train_file)} has no split {args.train_split_name!r}; it has {', '.join(splits)}"
+        )
     return splits[args.train_split_name], splits.get("validation")
 
 

@@ -149,7 +149,7 @@ def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArgume
         if getattr(args, name) is not only:
             raise ValueError(f"{name} must be {str(only).lower()}: the figures are made of all tokens' losses")
     if args.device.type == "cpu" and (args.fp16 or args.fp16_full_eval):
-        raise ValueError("fp16 needs a GPU, and this run has none: give bf16")
+        raise ValueError("fp16 needs a GPU, and this run has none: give bf16 and use_cpu")
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
@@ -235,6 +235,7 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
         "dataset": data_args.dataset_name if data_args.dataset_name and not Path(data_args.dataset_name).exists() else None,
         "configuration": {"parameters": f"{model.num_parameters():,}", "context length": data_args.context_length}
         | {name: value for name, value in model.config.to_diff_dict().items() if isinstance(value, int | float | str | bool)}
+        | (getattr(model.config, "multipole", None) or {})
         | {
             "steps": trainer.state.global_step,
             "rows a step": trainer.args.train_batch_size * trainer.args.world_size * trainer.args.gradient_accumulation_steps,
