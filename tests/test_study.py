@@ -163,6 +163,28 @@ def test_what_can_be_told_apart(tmp_path):
     assert "| far | 1.9000 | 1 | **+0.8000** | 10 | 0.5 | 2 |" in text
 
 
+def test_the_report_of_a_masked_study(tmp_path):
+    """Two seeds of one row, one of the other, at two contexts; a budget that nobody has begun is left out."""
+    path = write_study(tmp_path, budgets={"short": 6, "long": 9}, contexts=[32, 64], seeds=[0, 1])
+    content = yaml.safe_load(path.read_text())
+    content["base"]["mlm_probability"] = 0.2
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    runs, rows = study.plan(path, tmp_path / "out")
+    for run in (run for run in runs if run.budget == "short" and (run.row, run.seed) != ("linear", 1)):
+        run.folder.mkdir(parents=True)
+        accuracy = 0.5 + 0.1 * run.seed + (run.row == "linear")
+        figures = {"parameters": 10, "metrics": {"masked_accuracy": accuracy}, "seconds_per_step": None, "peak_memory": None}
+        figures |= {"curve": [{"step": 3, "bits": 2.0}], "by_position": [{"from": 0, "to": run.context, "loss": 1.0}]}
+        (run.folder / "figures.json").write_text(json.dumps(figures))
+    record = {"machine": study.machine(), "runs": study.results(runs)}
+    study.write_report("mini", "python scripts/study.py mini.yaml", runs, rows, record, tmp_path / "mini.md")
+    text = (tmp_path / "mini.md").read_text()
+    assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 10 |  |  |") == 2
+    assert "6 of 16 runs are done" in text and "## long" not in text
+    assert text.count("| linear | 1.5000 | 1 | +0.9500 | 10 |  |  |") == 2 and "1 degrees of freedom" in text
+    assert {image.name for image in (tmp_path / "images").iterdir()} == {"mini.png", "mini-curves.png", "mini-positions.png"}
+
+
 # Peers
 
 
