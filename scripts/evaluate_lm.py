@@ -124,7 +124,7 @@ def write(args, causal: bool, results: dict, probes: dict) -> None:
     record = {"command": "python " + shlex.join(sys.argv), "causal": causal, "contexts": results, "probes": probes}
     write_json(args.output / "evaluation.json", record)
     if find_spec("matplotlib"):
-        plot_positions(results, args.output / "loss_by_position.png")
+        plot_positions({f"context {length}": result for length, result in results.items()}, args.output / "loss_by_position.png")
         if probes:
             plot_reach(probes, args.output / "reach.png")
     else:

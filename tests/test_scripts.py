@@ -29,6 +29,19 @@ def test_benchmark_of_generation(tmp_path):
     assert "must be at least 2000" in run("benchmark_generation.py", "--tokens", 10, cwd=tmp_path, fails=True)
 
 
+def test_tensor_tradeoff(tmp_path):
+    """A bound that has a polynomial, and ones that have none; a second report takes the times of the first."""
+    sizes = ["--orders", 3, "--score-dim", 2, "--value-dim", 2, "--tuples", 512, "--numbers", 512, "--repeats", 1, "--output", "out"]
+    printed = run("tensor_tradeoff.py", *sizes, "--bounds", 1, 3, 9, cwd=tmp_path)
+    record = json.loads((tmp_path / "out" / "tensor-tradeoff.json").read_text())
+    assert {job["degree"] for job in record["times"]} >= {None, 4} and all(job["seconds"] > 0 for job in record["times"])
+    assert "| 3 | 1 | 1 | 4 | 15 | float32 | 5.0e-04 |" in printed
+    assert "| 3 | 3 | 27 | none: delta is 1 even at degree 24 |" in printed and "none: exp of such scores overflows" in printed
+    run("tensor_tradeoff.py", *sizes, "--bounds", 0.5, "--report", "again.md", cwd=tmp_path)
+    assert "| 3 | 0.5 | 0.125 | 2 | 6 | float32 |" in (tmp_path / "again.md").read_text()
+    assert json.loads((tmp_path / "out" / "tensor-tradeoff.json").read_text()) == record
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     from transformers import ByT5Tokenizer

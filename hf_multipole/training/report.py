@@ -59,7 +59,7 @@ def plot_curves(curves: dict[str, list[dict[str, float]]], levels: dict[str, flo
 
 
 def plot_positions(results: dict[str, dict], path: Path) -> None:
-    """Mean loss against the position in the row, one line a context length: ``by_position`` of :func:`.evaluation.measure`."""
+    """Mean loss against the position in the row, one line a name: ``by_position`` of :func:`.evaluation.measure`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def plot_positions(results: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, result in results.items():
         ranges = result["by_position"]
-        axes.plot([(part["from"] + part["to"] - 1) / 2 + 1 for part in ranges], [part["loss"] for part in ranges], label=f"context {name}")
+        axes.plot([(part["from"] + part["to"] - 1) / 2 + 1 for part in ranges], [part["loss"] for part in ranges], label=name)
     axes.set(xlabel="token in the row", ylabel="loss, nats a token", xscale="log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import statistics
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -174,6 +175,18 @@ def build_rows(
     return train, held_out, held_out_texts if isinstance(held_out_texts, list) else []
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: on CUDA the most that tensors took, otherwise the most that this process did, with all its libraries; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    # Linux counts in kibibytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]) -> str:
     """Writes figures, plots and the model card beside the weights; returns the line that sums them up."""
     folder, causal, data_args, held_out = Path(trainer.args.output_dir), trainer.causal, given["data_args"], given["held_out"]
@@ -185,7 +198,10 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     figures = {name: metrics[f"test_{name}"] for name in names}
     baselines = compression_baselines(given["held_out_texts"]) if causal and given["held_out_texts"] else {}
     points = curve(trainer.state.log_history, causal)
-    record = {"parameters": model.num_parameters(), "metrics": figures, "curve": points}
+    record = {"parameters": model.num_parameters(), "metrics": figures, "curve": points, "by_position": trainer.loss_by_position}
+    # A run that was interrupted after its last step has taken none.
+    record["seconds_per_step"] = statistics.median(trainer.step_seconds) if trainer.step_seconds else None
+    record["peak_memory"] = peak_memory(trainer.args.device)
     if causal:
         record["bits_per_byte"] = {"this model": figures["bits_per_byte"]} | baselines
     images = {}

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..modeling.configuration_multipole import MultipoleConfig
 from . import checkpoints
 from .arguments import RunArguments
 from .batches import MaskingCollator, shorten, warm_length
+from .evaluation import by_position
 from .hub import add_code, push
 from .metrics import row_figures, summarise
 
@@ -32,8 +34,29 @@ class _MaskEachEpochAnew(TrainerCallback):
         self.collator.epoch = int((state.epoch or 0) + 1e-6)
 
 
+class _Clock(TrainerCallback):
+    """Seconds of each step of this process, without evaluations and checkpoints."""
+
+    def __init__(self):
+        self.seconds, self.start = [], 0.0
+
+    def _now(self, device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = self._now(args.device)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(self._now(args.device) - self.start)
+
+
 class LanguageModelTrainer(Trainer):
     """Trainer for packed rows of one length.
+
+    ``step_seconds`` are those of the steps that this process took, ``loss_by_position`` is that of the last evaluation
+    (:func:`.evaluation.by_position`).
 
     Takes the arguments of Trainer, and:
         run_args: length warm-up and retries of uploads.
@@ -52,6 +75,10 @@ class LanguageModelTrainer(Trainer):
         self.run_args, self.context_length, self.causal = run_args, context_length, causal
         self.eval_lengths, self.eval_collator = eval_lengths or {}, eval_collator or self.data_collator
         self._row_bytes = None
+        self.loss_by_position: list[dict[str, float]] = []
+        clock = _Clock()
+        self.step_seconds = clock.seconds
+        self.add_callback(clock)
         if isinstance(self.data_collator, MaskingCollator):
             self.add_callback(_MaskEachEpochAnew(self.data_collator))
 
@@ -105,6 +132,10 @@ class LanguageModelTrainer(Trainer):
 
     def _figures(self, output: EvalPrediction) -> dict[str, float]:
         nats, predictions = output.predictions
+        counted = output.label_ids != -100
+        # Without a text before it, the first token is not predicted.
+        counted[:, 0] &= not self.causal
+        self.loss_by_position = by_position(nats.sum(0, dtype=np.float64), counted.sum(0))
         # An incomplete last batch may have been dropped.
         return summarise(nats, predictions, output.label_ids, self._row_bytes[: len(nats)], self.causal)
 

@@ -1,0 +1,135 @@
+"""Other efficient attentions as attention functions of Transformers: a script of this folder, with them registered.
+
+    python scripts/peers.py run_clm.py --config configs/quickstart.yaml --attn_implementation peer_linear \
+        --config_overrides '{layer_types: [full_attention, full_attention]}' --output_dir runs/linear
+    python scripts/peers.py evaluate_lm.py --model runs/linear --attn-implementation peer_linear ...
+
+So they run in the same block as multipole attention, in layers of "full_attention", and with the same rotary positions:
+    peer_linear: linear attention with feature map elu + 1 (Katharopoulos et al., arXiv 2006.16236);
+    peer_alibi: exact attention with linear biases (ALiBi, arXiv 2108.12409), bidirectional by distance; for a model without rotary
+        positions, rope_parameters: {rope_type: linear, rope_theta: 10000.0, factor: 1.0e9};
+    peer_local: exact attention in blocks of 128 and the ones beside them (local-attention);
+    peer_h_transformer_1d: hierarchical attention (Zhu and Soricut, arXiv 2107.11906; h-transformer-1d), block size 32;
+    peer_nystrom: Nystroem attention, bidirectional (arXiv 2102.03902; nystrom-attention), 64 landmarks, without its convolution.
+For training and evaluation of whole rows: no padding, packed documents, cache or dropout.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+WINDOW, BLOCK_SIZE, LANDMARKS = 128, 32, 64
+
+
+def linear(q, k, v, causal, scaling):
+    """In chunks: their sums before, and the pairs within."""
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    v = F.pad(v, (0, 1), value=1.0)
+    if not causal:
+        out = q @ (k.mT @ v)
+    else:
+        n, chunk = q.shape[2], 64
+        q, k, v = (F.pad(x, (0, 0, 0, -n % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+        sums = k.mT @ v
+        out = q @ (sums.cumsum(2) - sums) + (q @ k.mT).tril() @ v
+        out = out.flatten(2, 3)[:, :, :n]
+    return out[..., :-1] / out[..., -1:]
+
+
+def alibi(q, k, v, causal, scaling):
+    heads, n = q.shape[1:3]
+    slopes = 2 ** (-8 * torch.arange(1, heads + 1, device=q.device) / heads)
+    token = torch.arange(n, device=q.device)
+    bias = -slopes[:, None, None] * (token[:, None] - token).abs()
+    if causal:
+        bias = bias.masked_fill(token > token[:, None], -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype), scale=scaling)
+
+
+def local(q, k, v, causal, scaling):
+    attention = import_module("local_attention").LocalAttention(
+        WINDOW, causal=causal, autopad=True, use_rotary_pos_emb=False, scale=scaling
+    )
+    return attention(q, k, v)
+
+
+def h_transformer_1d(q, k, v, causal, scaling):
+    peers = import_module("h_transformer_1d.h_transformer_1d")
+    heads, n, dim = q.shape[1:]
+    if not causal and n & (n - 1):
+        raise ValueError(f"peer_h_transformer_1d would attend to its own padding: rows must have a power of 2 of tokens, not {n}")
+    kind = peers.CausalHAttention1D if causal else peers.HAttention1D
+    peer = kind(1, max_seq_len=1 << (n - 1).bit_length(), heads=heads, dim_head=dim, block_size=BLOCK_SIZE).to(q.device)
+    peer.scale, peer.to_qkv, peer.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()
+    x = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)
+    return peer(x).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def nystrom(q, k, v, causal, scaling):
+    if causal:
+        raise ValueError("peer_nystrom is for masked models: its landmarks are means over the whole row, the future included")
+    heads, n, dim = q.shape[1:]
+    if n % LANDMARKS:
+        raise ValueError(f"peer_nystrom would attend to its own padding: rows must have a multiple of {LANDMARKS} tokens, not {n}")
+    peer = import_module("nystrom_attention").NystromAttention(1, dim, heads, LANDMARKS, residual=False)
+    peer.scale, peer.to_qkv, peer.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()
+    x = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)
+    return peer(x).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+class Peer(NamedTuple):
+    attention: Callable  # (q, k, v, causal, scaling) -> output, all (batch, heads, n, head_dim)
+    package: str | None = None  # that it comes from
+
+    def installed(self) -> bool:
+        return self.package is None or find_spec(self.package.replace("-", "_")) is not None
+
+
+PEERS = {
+    "peer_linear": Peer(linear),
+    "peer_alibi": Peer(alibi),
+    "peer_local": Peer(local, "local-attention"),
+    "peer_h_transformer_1d": Peer(h_transformer_1d, "h-transformer-1d"),
+    "peer_nystrom": Peer(nystrom, "nystrom-attention"),
+}
+
+
+def mask_function(attention_mask=None, mask_function=None, **kwargs):
+    """No mask at all: what needs one is refused."""
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError("the peers' attention functions take no padding")
+    if getattr(mask_function, "__name__", "") not in ("causal_mask_function", "bidirectional_mask_function"):
+        raise ValueError("the peers' attention functions take no packed documents or windows: leave out document_boundaries")
+
+
+def register() -> None:
+    for name, peer in PEERS.items():
+
+        def attention(module, q, k, v, mask, dropout=0.0, scaling=None, peer=peer, **kwargs):
+            if dropout or q.shape[2] != k.shape[2]:
+                raise ValueError(
+                    "the peers' attention functions take no dropout and no cache: set attention_dropout to 0, use_cache to false"
+                )
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            out = peer.attention(q, k, v, module.is_causal, q.shape[3] ** -0.5 if scaling is None else scaling)
+            return out.transpose(1, 2).contiguous(), None
+
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask_function)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or not (Path(__file__).parent / sys.argv[1]).is_file() and not Path(sys.argv[1]).is_file():
+        sys.exit("usage: python scripts/peers.py SCRIPT.py ARGUMENTS: a script of this folder")
+    register()
+    script = Path(sys.argv[1]) if Path(sys.argv[1]).is_file() else Path(__file__).parent / sys.argv[1]
+    sys.argv = [str(script), *sys.argv[2:]]
+    runpy.run_path(str(script), run_name="__main__")
