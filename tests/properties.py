@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_multipole.modeling.hierarchy import level_count
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary
@@ -172,6 +173,20 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: float, wh
     # Not-a-number compares false, so that it fails as well.
     error = (actual.double().cpu() - expected.double().cpu()).abs()
     assert (error <= bound).all(), f"{what} is off by {error.max().item():.3g}, more than {bound:.3g}: {case}"
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds products, weights and their derivatives to a dtype, as tensor cores take them; sums are left as they are."""
+
+    NAMES = ("mul", "div", "mm", "mv", "dot", "bmm", "tanh", "tanh_backward", "_softmax", "_softmax_backward_data")
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return out.to(self.dtype).double() if function.overloadpacket.__name__ in self.NAMES else out
 
 
 def error_bounds(case: Case, exact: dict[str, torch.Tensor]) -> dict[str, float]:
