@@ -105,7 +105,7 @@ def matches_reference(attention, case: TensorCase, rounded_products: bool = Fals
     assert actual["out"].dtype == case.dtype
     with RoundedProducts(case.dtype) if rounded_products else nullcontext():
         rounded = make(case, torch.float64, rounded=case.dtype).with_gradients(tensor_attention_reference)
-    terms = (case.n * (case.order - 1) + case.dim) * torch.finfo(compute_dtype(case.dtype)).eps
+    terms = (case.n * (case.order - 1) + case.dim + case.value_dim) * torch.finfo(compute_dtype(case.dtype)).eps
     for name, value in exact.items():
         size = value.abs().max().item()
         unavoidable = (rounded[name].to(case.dtype).double() - value).abs().max().item()

@@ -147,12 +147,12 @@ def _sums_kernel(
     rows, keys, values, before, out, groups, tokens, count, width,
     REPEATS: tl.constexpr, CHUNK: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    chunks = tl.cdiv(tokens, CHUNK)
+    chunks, groups = tl.cdiv(tokens, CHUNK), tl.cast(groups, tl.int64)
     group, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     feature, channel = tl.program_id(1) * F + tl.arange(0, F), tl.program_id(2) * C + tl.arange(0, C)
     real, kept = feature < count, channel < width
     first, second = _states(before, group, chunk, groups, chunks, feature, channel, count, width, real[:, None] & kept[None, :])
-    other = tl.cast(groups, tl.int64) * tokens
+    other = groups * tokens
     out += tl.program_id(1) * other * REPEATS * width
     for token in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, tokens)):
         key, value = _token(keys, values, group * tokens + token, feature, channel, count, width)
@@ -171,13 +171,13 @@ def _sums_backward_kernel(
     grad, rows, keys, values, before, of_rows, of_keys, of_values, of_before, groups, tokens, count, width,
     REPEATS: tl.constexpr, CHUNK: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    chunks = tl.cdiv(tokens, CHUNK)
+    chunks, groups = tl.cdiv(tokens, CHUNK), tl.cast(groups, tl.int64)
     group, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     feature, channel = tl.program_id(1) * F + tl.arange(0, F), tl.program_id(2) * C + tl.arange(0, C)
     real, kept = feature < count, channel < width
     inside = real[:, None] & kept[None, :]
     first, second = _states(before, group, chunk, groups, chunks, feature, channel, count, width, inside)
-    other = tl.cast(groups, tl.int64) * tokens
+    other = groups * tokens
     # Every tile of channels has its own sums over them, every tile of features its own over those.
     of_rows += tl.program_id(2) * other * REPEATS * count
     of_keys += tl.program_id(2) * 2 * other * count

@@ -126,6 +126,7 @@ def document_attention(
 ):
     """:func:`tensor_attention` of checked arguments in one dtype; document: as from :func:`document_numbers`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kernels = takes_kernels(backend, q, values, dropout_p)
     if method == "polynomial":
         real = None if document is None else document >= 0
         try:
@@ -134,13 +135,13 @@ def document_attention(
             if on_violation == "raise":
                 raise
         else:
-            out = _near_linear(q, keys, values, document, approximation, causal, takes_kernels(backend, q, values))
+            out = _near_linear(q, keys, values, document, approximation, causal, kernels)
             if not return_certificate:
                 return out
             dtype = compute_dtype(q.dtype)
             return out, certify(approximation, q.shape[-1], [v.detach() for v in values], real, q.shape[1], dtype, q.dtype)
 
-    out = _exact(q, keys, values, document, causal, window, scale, dropout_p, backend)
+    out = _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels)
     return (out, None) if return_certificate else out
 
 
@@ -161,13 +162,13 @@ def takes_kernels(backend: str, q: torch.Tensor, values: Sequence[torch.Tensor],
     return True
 
 
-def _exact(q, keys, values, document, causal, window, scale, dropout_p, backend) -> torch.Tensor:
+def _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels) -> torch.Tensor:
     n, dtype = keys[0].shape[2], compute_dtype(q.dtype)
     windows = [n if width is None else min(width, n) for width in window or [None] * len(keys)]
     # The order of the indices does not matter, and the widest window is best gone through last.
     order = sorted(range(len(keys)), key=windows.__getitem__)
     keys, values, windows = ([x[i] for i in order] for x in (keys, values, windows))
-    if takes_kernels(backend, q, values, dropout_p):
+    if kernels:
         for name, width in (("head_dim", q.shape[-1]), ("value_dim", values[0].shape[-1])):
             if width > 128:
                 raise ValueError(f"the GPU kernels hold a head_dim of at most 128, but {name} is {width}: pass backend='torch'")

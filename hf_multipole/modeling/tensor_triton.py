@@ -118,16 +118,16 @@ def _dot(a, b, total, DTYPE: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     q, k1, k2, v1, v2, first, last, out, lse, n, queries, kv_heads, window1, window2, scale,
-    REPEATS: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    SPLITS: tl.constexpr, REPEATS: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
-    tiles = tl.cdiv(queries * REPEATS, M)
+    tiles = tl.cdiv(queries * REPEATS * SPLITS, M)
     # Causal: those with most to do first.
     tile, group = tiles - 1 - tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     q += group * REPEATS * queries * DIM
-    out += group * REPEATS * queries * VALUE_DIM
-    lse += group * REPEATS * queries
+    out += group * REPEATS * SPLITS * queries * VALUE_DIM
+    lse += group * REPEATS * SPLITS * queries
     k1 += group * n * DIM
     k2 += group * n * DIM
     v1 += group * n * VALUE_DIM
@@ -135,10 +135,12 @@ def _forward_kernel(
     first += group // kv_heads * n
     last += group // kv_heads * n
 
+    # Where queries are few, each has several rows, which share its tokens of the first index out among them.
     row = tile * M + tl.arange(0, M)
-    inside = row < queries * REPEATS
-    token = n - queries + row // REPEATS
-    row = (row % REPEATS).to(tl.int64) * queries + row // REPEATS
+    inside = row < queries * REPEATS * SPLITS
+    query, row = row // (REPEATS * SPLITS), (row % (REPEATS * SPLITS)).to(tl.int64)
+    token, split = n - queries + query, row % SPLITS
+    into, row = row * queries + query, row // SPLITS * queries + query
     lo1, hi1 = _interval(first, last, token, inside, n, window1, True, not CAUSAL)
     lo2, hi2 = _interval(first, last, token, inside, n, window2, True, not CAUSAL)
     begin, end = tl.min(lo2), tl.max(hi2)
@@ -147,8 +149,8 @@ def _forward_kernel(
     largest = tl.full((M,), -3.4028234663852886e38, tl.float32)
     total = tl.full((M,), 0.0, tl.float32)
     result = tl.full((M, V), 0.0, tl.float32)
-    for c in range(0, tl.max(hi1 - lo1)):
-        one = lo1 + c
+    for c in range(0, tl.max(hi1 - lo1), SPLITS):
+        one = lo1 + c + split
         sees = one < hi1
         x = _rounded(query * _rows(k1, one, sees, DIM, D).to(tl.float32), DTYPE)
         stop = tl.where(sees, hi2, 0)
@@ -171,10 +173,8 @@ def _forward_kernel(
             largest = larger
         result = result * tl.exp2(before - largest)[:, None] + part * _rows(v1, one, sees, VALUE_DIM, V).to(tl.float32)
     # Padding sees nothing.
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    _store_rows(out, row, inside, result / total[:, None], VALUE_DIM, V)
-    tl.store(lse + row, tl.where(empty, 0.0, largest + tl.log2(total)), mask=inside)
+    _store_rows(out, into, inside, result / tl.where(total == 0, 1.0, total)[:, None], VALUE_DIM, V)
+    tl.store(lse + into, largest + tl.log2(total), mask=inside)
 
 
 # Backward
@@ -374,6 +374,12 @@ _TILES = {
     (torch.float32, 64): (_Tiles(32, 32, 8), _Tiles(32, 32, 8)),
     (torch.float32, 128): (_Tiles(16, 32, 8), _Tiles(16, 16, 8)),
 }
+# Programs of the forward pass that fill a GPU: two for each of the 132 processors of an H200.
+_PROGRAMS = 264
+
+
+def _tiles(q: torch.Tensor, v: torch.Tensor) -> tuple[_Tiles, _Tiles]:
+    return _TILES[q.dtype, 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128]
 
 
 def _bounds(document: torch.Tensor | None, batch: int, n: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,25 +419,34 @@ def _prepare(q, k1, k2, v1, v2, document, causal: bool, windows: list[int]) -> _
     return _Call([torch.where(kept, x, 0).contiguous() for kept, x in zip(finite, tensors)], (first, last), poisoned)
 
 
-def _launch(kernel, owned: int, call: _Call, read, written, causal: bool, windows: list[int], scale: float) -> None:
+def _splits(tiles: _Tiles, rows: int, window: int) -> int:
+    """Rows of a query that make enough programs of ``rows`` in all, and have at least one token of the first index each."""
+    wanted = math.ceil(math.log2(max(1, _PROGRAMS * tiles.rows / rows)))
+    return 2 ** min(wanted, int(math.log2(window)))
+
+
+def _launch(
+    kernel, tiles: _Tiles, owned: int, call: _Call, read, written, causal: bool, windows: list[int], scale: float, **constants
+) -> None:
     """Runs a kernel on all tiles of the ``owned`` rows of each key head."""
     q, k1, _, v1, _ = call.tensors
     (batch, heads, queries, dim), (kv_heads, n, value_dim) = q.shape, v1.shape[1:]
     D, V = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
-    tiles = _TILES[q.dtype, 64 if max(D, V) <= 64 else 128][kernel is not _forward_kernel]
-    kernel[(triton.cdiv(owned, tiles.rows) * batch * kv_heads,)](
-        *(*call.tensors, *read, *call.bounds, *written, n, queries, kv_heads, *windows, scale / LN2.value),
-        REPEATS=heads // kv_heads,
-        CAUSAL=causal,
-        DIM=dim,
-        VALUE_DIM=value_dim,
-        D=D,
-        V=V,
-        M=tiles.rows,
-        N=tiles.columns,
-        num_warps=tiles.warps,
-        num_stages=2,
-    )
+    with torch.cuda.device_of(q):
+        kernel[(triton.cdiv(owned, tiles.rows) * batch * kv_heads,)](
+            *(*call.tensors, *read, *call.bounds, *written, n, queries, kv_heads, *windows, scale / LN2.value),
+            **constants,
+            REPEATS=heads // kv_heads,
+            CAUSAL=causal,
+            DIM=dim,
+            VALUE_DIM=value_dim,
+            D=D,
+            V=V,
+            M=tiles.rows,
+            N=tiles.columns,
+            num_warps=tiles.warps,
+            num_stages=2,
+        )
 
 
 @torch.library.custom_op(_NAMESPACE + "::tensor_kernels", mutates_args=())
@@ -449,11 +464,20 @@ def tensor_kernels(
     """Order 3, with arguments as of ``tensor_tiles``, in bfloat16, float16 or float32.
 
     Returns the output, and the logarithms to base 2 of the sums ``(batch, heads, queries)``, in float32: the backward pass takes a
-    difference of which the output is a part.
+    difference of which the output is a part. At padding, zeros and -inf.
     """
     call = _prepare(q, k1, k2, v1, v2, document, causal, windows)
-    out, lse = (q.new_empty(*q.shape[:3], *rest, dtype=torch.float32) for rest in ((v1.shape[-1],), ()))
-    _launch(_forward_kernel, q[0, :, :, 0].numel() // k1.shape[1], call, [], [out, lse], causal, windows, scale)
+    tiles, shape = _tiles(q, v1)[0], q.shape[:3]
+    splits = _splits(tiles, shape.numel(), windows[0])
+    out, lse = (q.new_empty(*shape[:2], splits, shape[2], *rest, dtype=torch.float32) for rest in ((v1.shape[-1],), ()))
+    owned = shape[1] // k1.shape[1] * splits * shape[2]
+    _launch(_forward_kernel, tiles, owned, call, [], [out, lse], causal, windows, scale, SPLITS=splits)
+    if splits > 1:
+        total = torch.logsumexp(lse * LN2.value, 2) / LN2.value
+        share = torch.where(lse > -torch.inf, (lse - total[:, :, None]).exp2(), 0)
+        out, lse = (share[..., None] * out).sum(2), total
+    else:
+        out, lse = out.squeeze(2), lse.squeeze(2)
     return out.masked_fill_(call.poisoned[..., None], torch.nan), lse.masked_fill_(call.poisoned, torch.nan)
 
 
@@ -476,11 +500,11 @@ def tensor_kernels_backward(
     read = [grad.to(q.dtype).contiguous(), lse, (grad * out).sum(-1)]
     of_q, of_k1, of_k2, of_v1, of_v2 = grads = tuple(torch.empty_like(x) for x in call.tensors)
     for kernel, owned, written in (
-        (_query_kernel, q[0, :, :, 0].numel() // k1.shape[1], [of_q]),
+        (_query_kernel, q.shape[1] // k1.shape[1] * q.shape[2], [of_q]),
         (_first_kernel, k1.shape[2], [of_k1, of_v1]),
         (_second_kernel, k1.shape[2], [of_k2, of_v2]),
     ):
-        _launch(kernel, owned, call, read, written, causal, windows, scale)
+        _launch(kernel, _tiles(q, v1)[1], owned, call, read, written, causal, windows, scale)
     return grads
 
 
