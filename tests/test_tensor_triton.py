@@ -126,6 +126,12 @@ def test_low_precision_is_within_twice_the_error_of_a_reference_that_rounds_its_
     matches_reference(tensor_attention, replace(CASES[name], dim=16, value_dim=16, dtype=dtype), rounded_products=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_the_size_that_is_used(dtype):
+    case = TensorCase(n=150, batch=1, kv_heads=1, dim=16, value_dim=16, window=(2, 70), padding=((3, 0),), cuts=(20,), dtype=dtype)
+    matches_reference(tensor_attention, case, rounded_products=True)
+
+
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(dtypes=(torch.float32,), n=st.integers(1, 9), orders=(3,)))
 def test_any_call_equals_the_reference(small_tiles, case):
@@ -262,7 +268,7 @@ def test_large_products_of_float16(small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, (32, 100)])
-@pytest.mark.parametrize("widths", [{"dim": 64, "value_dim": 64}, {"dim": 128, "value_dim": 128}, {"dim": 40, "value_dim": 24}])
+@pytest.mark.parametrize("widths", [{"dim": 64, "value_dim": 64}, {"dim": 128, "value_dim": 256}, {"dim": 40, "value_dim": 24}])
 def test_real_sizes(widths, window, causal, dtype):
     """Many tiles of the size that is used, against the PyTorch path in float64."""
     case = TensorCase(
@@ -301,10 +307,19 @@ for module in (tensor_triton, polynomial_triton):
             setattr(module, name, Compiled(x))
 
 results = {}
-for capability, dtype, dim in ((90, "bfloat16", 128), (80, "bfloat16", 128), (80, "float16", 16), (80, "float32", 16)):
-    name = f"{capability} {dtype} {dim}"
-    q, *others = (torch.zeros(1, heads, 48, dim, dtype=getattr(torch, dtype), requires_grad=True) for heads in (4, 2, 2, 2, 2))
-    out, _ = tensor_triton.tensor_kernels(q, *others, None, True, [8, 32], 0.1)
+wide = (4, 2, 48, [8, 32])
+for capability, dtype, dim, (heads, kv_heads, n, windows) in (
+    (90, "bfloat16", 128, wide),
+    (80, "bfloat16", 128, wide),
+    (80, "bfloat16", 64, wide),
+    (80, "float16", 64, wide),
+    (80, "float32", 16, wide),
+    (80, "float32", 16, (1, 1, 1, [1, 1])),  # numbers of 1 are constants of a kernel
+):
+    name = f"{capability} {dtype} {dim} {n}"
+    shapes = [(1, h, n, dim) for h in (heads, *[kv_heads] * 4)]
+    q, *others = (torch.zeros(shape, dtype=getattr(torch, dtype), requires_grad=True) for shape in shapes)
+    out, _ = tensor_triton.tensor_kernels(q, *others, None, n > 1, windows, 0.1)
     out.sum().backward()
 
 capability, name = 80, "80"
@@ -323,9 +338,9 @@ def test_compiled_for_gpus_that_are_not_there(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 4 * 4 + 4
+    assert len(results) == 6 * 4 + 4
     for name, (spilled, shared) in results.items():
-        assert shared <= 99 * 1024 and spilled < 700, (name, spilled, shared)
+        assert shared <= 99 * 1024 and spilled <= 1024, (name, spilled, shared)
 
 
 @gpu
@@ -351,8 +366,8 @@ REFUSED = {
         "order 3",
     ),
     "dropout": ({"dropout_p": 0.1}, ValueError, "dropout_p is 0.1"),
-    "wide heads": ({"q": torch.zeros(2, 2, 20, 130), "keys": [torch.zeros(2, 2, 20, 130)] * 2}, ValueError, "head_dim is 130"),
-    "wide values": ({"values": [torch.zeros(2, 2, 20, 130)] * 2}, ValueError, "value_dim is 130"),
+    "wide heads": ({"q": torch.zeros(2, 2, 20, 260), "keys": [torch.zeros(2, 2, 20, 260)] * 2}, ValueError, "head_dim is 260"),
+    "wide values": ({"values": [torch.zeros(2, 2, 20, 260)] * 2}, ValueError, "value_dim is 260"),
 }
 
 

@@ -71,9 +71,10 @@ def tensor_attention(
         on_violation: what happens where the polynomial cannot vouch for its output, since entries exceed the bound or since the
             bound asks for too many features: "raise", or "exact" for the exact path.
         return_certificate: also returns a :class:`Certificate`, a bound on the error of the output; None where the exact path ran.
-        backend: "torch"; "triton", the GPU kernels, for order 3 in float32, bfloat16 and float16, head_dim up to 128, no dropout;
-            "auto": the kernels for such tensors on CUDA devices, the PyTorch path on other devices, for other orders, in float64 and
-            with dropout. Results are the same up to rounding.
+        backend: "torch"; "triton", the GPU kernels, for order 3 in float32, bfloat16 and float16, no dropout, and head_dim up to 256
+            on the exact path; "auto": the kernels for tensors on CUDA devices, the PyTorch path on other devices, for other orders,
+            in float64 and with dropout. Results are the same up to rounding; what is not finite makes not-a-number of all channels of
+            the queries that see it.
 
     Returns:
         ``(batch, heads, queries, value_dim)`` in q's dtype, zeros at padded queries.
@@ -170,8 +171,8 @@ def _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels)
     keys, values, windows = ([x[i] for i in order] for x in (keys, values, windows))
     if kernels:
         for name, width in (("head_dim", q.shape[-1]), ("value_dim", values[0].shape[-1])):
-            if width > 128:
-                raise ValueError(f"the GPU kernels hold a head_dim of at most 128, but {name} is {width}: pass backend='torch'")
+            if width > 256:
+                raise ValueError(f"the GPU kernels hold a head_dim of at most 256, but {name} is {width}: pass backend='torch'")
         from .tensor_triton import tensor_kernels
 
         return tensor_kernels(q, *keys, *values, document, causal, windows, scale)[0].to(q.dtype)

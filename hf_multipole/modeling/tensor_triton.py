@@ -55,13 +55,13 @@ def _interval(first, last, token, inside, n, window, BACK: tl.constexpr, AHEAD: 
 
 
 @triton.jit
-def _rows(base, rows, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(matrix, rows, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of a matrix with DIM columns, zeros beyond them."""
     column = tl.arange(0, BLOCK)
     mask = inside[:, None]
     if DIM < BLOCK:
         mask = mask & (column < DIM)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+    return tl.load(matrix + rows.to(tl.int64)[:, None] * DIM + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -74,10 +74,10 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(base, rows, inside, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _store_rows(matrix, rows, inside, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     mask = inside[:, None] & (column < DIM)[None, :]
-    tl.store(base + rows.to(tl.int64)[:, None] * DIM + column[None, :], _narrow(x, base.dtype.element_ty), mask=mask)
+    tl.store(matrix + rows[:, None] * DIM + column[None, :], _narrow(x, matrix.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -125,22 +125,15 @@ def _forward_kernel(
     tiles = tl.cdiv(queries * REPEATS * SPLITS, M)
     # Causal: those with most to do first.
     tile, group = tiles - 1 - tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    q += group * REPEATS * queries * DIM
-    out += group * REPEATS * SPLITS * queries * VALUE_DIM
-    lse += group * REPEATS * SPLITS * queries
-    k1 += group * n * DIM
-    k2 += group * n * DIM
-    v1 += group * n * VALUE_DIM
-    v2 += group * n * VALUE_DIM
-    first += group // kv_heads * n
-    last += group // kv_heads * n
+    first, last, base = first + group // kv_heads * n, last + group // kv_heads * n, group * n
+    k2, v2 = k2 + base * DIM, v2 + base * VALUE_DIM
 
     # Where queries are few, each has several rows, which share its tokens of the first index out among them.
     row = tile * M + tl.arange(0, M)
     inside = row < queries * REPEATS * SPLITS
     query, row = row // (REPEATS * SPLITS), (row % (REPEATS * SPLITS)).to(tl.int64)
     token, split = n - queries + query, row % SPLITS
-    into, row = row * queries + query, row // SPLITS * queries + query
+    into, row = (group * REPEATS * SPLITS + row) * queries + query, (group * REPEATS + row // SPLITS) * queries + query
     lo1, hi1 = _interval(first, last, token, inside, n, window1, True, not CAUSAL)
     lo2, hi2 = _interval(first, last, token, inside, n, window2, True, not CAUSAL)
     begin, end = tl.min(lo2), tl.max(hi2)
@@ -152,7 +145,7 @@ def _forward_kernel(
     for c in range(0, tl.max(hi1 - lo1), SPLITS):
         one = lo1 + c + split
         sees = one < hi1
-        x = _rounded(query * _rows(k1, one, sees, DIM, D).to(tl.float32), DTYPE)
+        x = _rounded(query * _rows(k1, base + one, sees, DIM, D).to(tl.float32), DTYPE)
         stop = tl.where(sees, hi2, 0)
         seen_from, seen_to = tl.max(lo2), tl.min(stop)
         before = largest
@@ -171,7 +164,7 @@ def _forward_kernel(
             values = _operand(_rows(v2, two, two < end, VALUE_DIM, V))
             part = _dot(_rounded(weights, DTYPE), values, part * shrink[:, None], DTYPE)
             largest = larger
-        result = result * tl.exp2(before - largest)[:, None] + part * _rows(v1, one, sees, VALUE_DIM, V).to(tl.float32)
+        result = result * tl.exp2(before - largest)[:, None] + part * _rows(v1, base + one, sees, VALUE_DIM, V).to(tl.float32)
     # Padding sees nothing.
     _store_rows(out, into, inside, result / tl.where(total == 0, 1.0, total)[:, None], VALUE_DIM, V)
     tl.store(lse + into, largest + tl.log2(total), mask=inside)
@@ -213,22 +206,13 @@ def _query_kernel(
     DTYPE: tl.constexpr = q.dtype.element_ty
     tiles = tl.cdiv(queries * REPEATS, M)
     tile, group = tiles - 1 - tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    q += group * REPEATS * queries * DIM
-    grad_q += group * REPEATS * queries * DIM
-    grad += group * REPEATS * queries * VALUE_DIM
-    lse += group * REPEATS * queries
-    inner += group * REPEATS * queries
-    k1 += group * n * DIM
-    k2 += group * n * DIM
-    v1 += group * n * VALUE_DIM
-    v2 += group * n * VALUE_DIM
-    first += group // kv_heads * n
-    last += group // kv_heads * n
+    first, last, base = first + group // kv_heads * n, last + group // kv_heads * n, group * n
+    k2, v2 = k2 + base * DIM, v2 + base * VALUE_DIM
 
     row = tile * M + tl.arange(0, M)
     inside = row < queries * REPEATS
     token = n - queries + row // REPEATS
-    row = (row % REPEATS).to(tl.int64) * queries + row // REPEATS
+    row = (group * REPEATS + row % REPEATS) * queries + row // REPEATS
     lo1, hi1 = _interval(first, last, token, inside, n, window1, True, not CAUSAL)
     lo2, hi2 = _interval(first, last, token, inside, n, window2, True, not CAUSAL)
 
@@ -238,9 +222,9 @@ def _query_kernel(
     for c in range(0, tl.max(hi1 - lo1)):
         one = lo1 + c
         sees = one < hi1
-        key = _rows(k1, one, sees, DIM, D).to(tl.float32)
+        key = _rows(k1, base + one, sees, DIM, D).to(tl.float32)
         x = _rounded(query * key, DTYPE)
-        y = _rounded(upstream * _rows(v1, one, sees, VALUE_DIM, V).to(tl.float32), DTYPE)
+        y = _rounded(upstream * _rows(v1, base + one, sees, VALUE_DIM, V).to(tl.float32), DTYPE)
         stop = tl.where(sees, hi2, 0)
         of_x, _ = _slopes(x, y, shift, center, lo2, stop, k2, v2, DTYPE, DIM, VALUE_DIM, D, V, M, N, False)
         result += of_x * key
@@ -258,24 +242,14 @@ def _first_kernel(
     tiles = tl.cdiv(n, M)
     # Causal: the first tokens are seen by most queries.
     tile, group = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    q += group * REPEATS * queries * DIM
-    grad += group * REPEATS * queries * VALUE_DIM
-    lse += group * REPEATS * queries
-    inner += group * REPEATS * queries
-    k1 += group * n * DIM
-    grad_k1 += group * n * DIM
-    k2 += group * n * DIM
-    v1 += group * n * VALUE_DIM
-    grad_v1 += group * n * VALUE_DIM
-    v2 += group * n * VALUE_DIM
-    first += group // kv_heads * n
-    last += group // kv_heads * n
+    first, last, base = first + group // kv_heads * n, last + group // kv_heads * n, group * n
+    k2, v2 = k2 + base * DIM, v2 + base * VALUE_DIM
 
     one = tile * M + tl.arange(0, M)
     inside = one < n
     lo1, hi1 = _interval(first, last, one, inside, n, window1, not CAUSAL, True)
     lo1 = tl.maximum(lo1, n - queries)
-    key, value = _rows(k1, one, inside, DIM, D).to(tl.float32), _rows(v1, one, inside, VALUE_DIM, V).to(tl.float32)
+    key, value = _rows(k1, base + one, inside, DIM, D).to(tl.float32), _rows(v1, base + one, inside, VALUE_DIM, V).to(tl.float32)
     of_key = tl.full((M, D), 0.0, tl.float32)
     of_value = tl.full((M, V), 0.0, tl.float32)
     for c in range(0, tl.max(hi1 - lo1)):
@@ -284,7 +258,7 @@ def _first_kernel(
         asks = token < hi1
         lo2, hi2 = _interval(first, last, token, asks, n, window2, True, not CAUSAL)
         for head in range(0, REPEATS):
-            row = token - (n - queries) + tl.cast(head, tl.int64) * queries
+            row = (group * REPEATS + head) * queries + token - (n - queries)
             query = _rows(q, row, asks, DIM, D).to(tl.float32) * scale
             upstream = _rows(grad, row, asks, VALUE_DIM, V).to(tl.float32)
             shift, center = tl.load(lse + row, mask=asks, other=0.0), tl.load(inner + row, mask=asks, other=0.0)
@@ -292,8 +266,8 @@ def _first_kernel(
             of_x, of_y = _slopes(x, y, shift, center, lo2, hi2, k2, v2, DTYPE, DIM, VALUE_DIM, D, V, M, N, True)
             of_key += of_x * query
             of_value += of_y * upstream
-    _store_rows(grad_k1, one, inside, of_key * LN2, DIM, D)
-    _store_rows(grad_v1, one, inside, of_value, VALUE_DIM, V)
+    _store_rows(grad_k1, base + one, inside, of_key * LN2, DIM, D)
+    _store_rows(grad_v1, base + one, inside, of_value, VALUE_DIM, V)
 
 
 @triton.jit
@@ -305,32 +279,21 @@ def _second_kernel(
     DTYPE: tl.constexpr = q.dtype.element_ty
     tiles = tl.cdiv(n, M)
     tile, group = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    q += group * REPEATS * queries * DIM
-    grad += group * REPEATS * queries * VALUE_DIM
-    lse += group * REPEATS * queries
-    inner += group * REPEATS * queries
-    k1 += group * n * DIM
-    k2 += group * n * DIM
-    grad_k2 += group * n * DIM
-    v1 += group * n * VALUE_DIM
-    v2 += group * n * VALUE_DIM
-    grad_v2 += group * n * VALUE_DIM
-    first += group // kv_heads * n
-    last += group // kv_heads * n
+    first, last, base = first + group // kv_heads * n, last + group // kv_heads * n, group * n
 
     two = tile * M + tl.arange(0, M)
     inside = two < n
     asked_from, asked_to = _interval(first, last, two, inside, n, window2, not CAUSAL, True)
     begin = tl.maximum(tl.min(asked_from), n - queries) - (n - queries)
     end = tl.max(asked_to) - (n - queries)
-    keys, values = _operand(_rows(k2, two, inside, DIM, D)), _operand(_rows(v2, two, inside, VALUE_DIM, V))
+    keys, values = _operand(_rows(k2, base + two, inside, DIM, D)), _operand(_rows(v2, base + two, inside, VALUE_DIM, V))
     of_keys = tl.full((M, D), 0.0, tl.float32)
     of_values = tl.full((M, V), 0.0, tl.float32)
     for low in range(begin * REPEATS, end * REPEATS, N):
         row = low + tl.arange(0, N)
         asks = row < end * REPEATS
         token = n - queries + row // REPEATS
-        row = (row % REPEATS).to(tl.int64) * queries + row // REPEATS
+        row = (group * REPEATS + row % REPEATS) * queries + row // REPEATS
         lo1, hi1 = _interval(first, last, token, asks, n, window1, True, not CAUSAL)
         lo2, hi2 = _interval(first, last, token, asks, n, window2, True, not CAUSAL)
         query = _rows(q, row, asks, DIM, D).to(tl.float32) * scale
@@ -339,8 +302,8 @@ def _second_kernel(
         for c in range(0, tl.max(hi1 - lo1)):
             one = lo1 + c
             sees = one < hi1
-            x = _rounded(query * _rows(k1, one, sees, DIM, D).to(tl.float32), DTYPE)
-            y = _rounded(upstream * _rows(v1, one, sees, VALUE_DIM, V).to(tl.float32), DTYPE)
+            x = _rounded(query * _rows(k1, base + one, sees, DIM, D).to(tl.float32), DTYPE)
+            y = _rounded(upstream * _rows(v1, base + one, sees, VALUE_DIM, V).to(tl.float32), DTYPE)
             stop = tl.where(sees, hi2, 0)
             weights = tl.exp2(_dot(keys, tl.trans(x), tl.full((M, N), 0.0, tl.float32), DTYPE) - shift[None, :])
             slope = weights * (_dot(values, tl.trans(y), tl.full((M, N), 0.0, tl.float32), DTYPE) - center[None, :])
@@ -349,8 +312,8 @@ def _second_kernel(
                 weights, slope = tl.where(seen, weights, 0.0), tl.where(seen, slope, 0.0)
             of_keys = _dot(_rounded(slope, DTYPE), x, of_keys, DTYPE)
             of_values = _dot(_rounded(weights, DTYPE), y, of_values, DTYPE)
-    _store_rows(grad_k2, two, inside, of_keys * LN2, DIM, D)
-    _store_rows(grad_v2, two, inside, of_values, VALUE_DIM, V)
+    _store_rows(grad_k2, base + two, inside, of_keys * LN2, DIM, D)
+    _store_rows(grad_v2, base + two, inside, of_values, VALUE_DIM, V)
 
 
 # Operators
@@ -362,24 +325,27 @@ class _Tiles(NamedTuple):
     warps: int
 
 
-# By dtype and width, of the forward and of the backward kernels. The sums of a program, M rows of the width, two in the forward pass
-# and up to four in the backward pass, and its M * N logits are held in the 255 registers of each thread, so that none is spilled
-# in the innermost loop; two stages of columns and the rows' products take at most the 99 KiB of shared memory of any GPU since the
-# A100. bfloat16 at width 128 forward: 2 * 128 * 128 + 128 * 64 numbers, 160 registers; (4 * 64 + 2 * 128) * 128 * 2 bytes.
+# By dtype and width, of the forward and of the backward kernels. The sums of a program (M rows of the width: two in the forward pass,
+# up to four in the backward pass) and its M * N logits have to find room in the registers, 255 a thread, so that the innermost loop
+# spills none; two stages of K2 and V2 tiles and the rows' products in the 99 KiB of shared memory of the smallest GPUs since the
+# A100. For bfloat16 at width 128: 2 * 128 * 128 + 128 * 64 numbers, 160 registers; (4 * 64 + 128) * 128 * 2 bytes, 96 KiB.
 _TILES = {
-    (torch.bfloat16, 64): (_Tiles(128, 64, 8), _Tiles(128, 64, 8)),
+    (torch.bfloat16, 64): (_Tiles(128, 64, 8), _Tiles(64, 32, 8)),
     (torch.bfloat16, 128): (_Tiles(128, 64, 8), _Tiles(64, 32, 8)),
-    (torch.float16, 64): (_Tiles(128, 32, 8), _Tiles(64, 32, 4)),
+    (torch.bfloat16, 256): (_Tiles(32, 32, 8), _Tiles(32, 16, 8)),
+    (torch.float16, 64): (_Tiles(128, 32, 8), _Tiles(64, 32, 8)),
     (torch.float16, 128): (_Tiles(64, 32, 8), _Tiles(32, 32, 8)),
+    (torch.float16, 256): (_Tiles(32, 16, 8), _Tiles(16, 16, 8)),
     (torch.float32, 64): (_Tiles(32, 32, 8), _Tiles(32, 32, 8)),
     (torch.float32, 128): (_Tiles(16, 32, 8), _Tiles(16, 16, 8)),
+    (torch.float32, 256): (_Tiles(16, 16, 8), _Tiles(16, 16, 8)),
 }
 # Programs of the forward pass that fill a GPU: two for each of the 132 processors of an H200.
 _PROGRAMS = 264
 
 
 def _tiles(q: torch.Tensor, v: torch.Tensor) -> tuple[_Tiles, _Tiles]:
-    return _TILES[q.dtype, 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128]
+    return _TILES[q.dtype, max(64, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))]
 
 
 def _bounds(document: torch.Tensor | None, batch: int, n: int, device) -> tuple[torch.Tensor, torch.Tensor]:
