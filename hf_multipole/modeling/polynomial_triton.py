@@ -91,7 +91,8 @@ def feature_map(x: torch.Tensor, degree: int) -> torch.Tensor:
     rows, count = x.shape[:-1].numel(), len(variables)
     out = x.new_empty(*x.shape[:-1], count)
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(count, 64)
-    _features_kernel[grid](x.contiguous(), variables, out, rows, count, x.shape[-1], degree, _ROWS, 64, num_warps=4)
+    with torch.cuda.device_of(x):
+        _features_kernel[grid](x.contiguous(), variables, out, rows, count, x.shape[-1], degree, _ROWS, 64, num_warps=4)
     return out
 
 
@@ -101,7 +102,8 @@ def feature_map_backward(grad: torch.Tensor, x: torch.Tensor, degree: int) -> to
     rows, out = x.shape[:-1].numel(), torch.empty_like(x, memory_format=torch.contiguous_format)
     tiles = dim, degree, _ROWS, _FEATURES, max(16, triton.next_power_of_2(dim))
     arguments = grad.contiguous(), x.contiguous(), variables, out, rows, len(variables)
-    _features_backward_kernel[(triton.cdiv(rows, _ROWS),)](*arguments, *tiles, num_warps=4)
+    with torch.cuda.device_of(x):
+        _features_backward_kernel[(triton.cdiv(rows, _ROWS),)](*arguments, *tiles, num_warps=4)
     return out
 
 
@@ -130,9 +132,8 @@ feature_map.register_autograd(lambda ctx, grad: (feature_map_backward(grad, *ctx
 def _states(before, group, chunk, groups, chunks, feature, channel, count, width, inside):
     """Both states before a chunk, tiles of ``(2, groups, chunks, count, width)``."""
     place = ((group * chunks + chunk) * count + feature[:, None]) * width + channel[None, :]
-    return tl.load(before + place, mask=inside, other=0.0), tl.load(
-        before + groups * chunks * count * width + place, mask=inside, other=0.0
-    )
+    other = place + groups * chunks * count * width
+    return tl.load(before + place, mask=inside, other=0.0), tl.load(before + other, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -140,6 +141,13 @@ def _token(keys, values, place, feature, channel, count, width):
     """A token's features and values."""
     key = tl.load(keys + place * count + feature, mask=feature < count, other=0.0)
     return key, tl.load(values + place * width + channel, mask=channel < width, other=0.0)
+
+
+@triton.jit
+def _outer(keys, values, place, feature, channel, count, width):
+    """What a token adds to a state."""
+    key, value = _token(keys, values, place, feature, channel, count, width)
+    return key[:, None] * value[None, :]
 
 
 @triton.jit
@@ -155,10 +163,8 @@ def _sums_kernel(
     other = groups * tokens
     out += tl.program_id(1) * other * REPEATS * width
     for token in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, tokens)):
-        key, value = _token(keys, values, group * tokens + token, feature, channel, count, width)
-        first += key[:, None] * value[None, :]
-        key, value = _token(keys, values, other + group * tokens + token, feature, channel, count, width)
-        second += key[:, None] * value[None, :]
+        first += _outer(keys, values, group * tokens + token, feature, channel, count, width)
+        second += _outer(keys, values, other + group * tokens + token, feature, channel, count, width)
         product = first * second
         for head in range(0, REPEATS):
             place = (group * REPEATS + head) * tokens + token
@@ -184,10 +190,8 @@ def _sums_backward_kernel(
     of_values += tl.program_id(1) * 2 * other * width
     start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, tokens)
     for token in range(start, stop):
-        key, value = _token(keys, values, group * tokens + token, feature, channel, count, width)
-        first += key[:, None] * value[None, :]
-        key, value = _token(keys, values, other + group * tokens + token, feature, channel, count, width)
-        second += key[:, None] * value[None, :]
+        first += _outer(keys, values, group * tokens + token, feature, channel, count, width)
+        second += _outer(keys, values, other + group * tokens + token, feature, channel, count, width)
         product = first * second
         for head in range(0, REPEATS):
             place = (group * REPEATS + head) * tokens + token
@@ -235,7 +239,8 @@ def causal_sums(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, be
     grid, sizes = _grid(keys, values)
     out = rows.new_empty(grid[1], *rows.shape[:3], values.shape[-1])
     tensors = (x.contiguous() for x in (rows, keys, values, before))
-    _sums_kernel[grid](*tensors, out, *sizes, rows.shape[1], CHUNK, _FEATURES, _CHANNELS, num_warps=1)
+    with torch.cuda.device_of(rows):
+        _sums_kernel[grid](*tensors, out, *sizes, rows.shape[1], CHUNK, _FEATURES, _CHANNELS, num_warps=1)
     return out.sum(0)
 
 
@@ -247,7 +252,8 @@ def causal_sums_backward(
     parts = [x.new_empty(tiles, *x.shape) for x, tiles in ((rows, grid[2]), (keys, grid[2]), (values, grid[1]))]
     of_before = torch.empty_like(before, memory_format=torch.contiguous_format)
     tensors = (x.contiguous() for x in (grad, rows, keys, values, before))
-    _sums_backward_kernel[grid](*tensors, *parts, of_before, *sizes, rows.shape[1], CHUNK, _FEATURES, _CHANNELS, num_warps=1)
+    with torch.cuda.device_of(rows):
+        _sums_backward_kernel[grid](*tensors, *parts, of_before, *sizes, rows.shape[1], CHUNK, _FEATURES, _CHANNELS, num_warps=1)
     return *(part.sum(0) for part in parts), of_before
 
 
