@@ -395,7 +395,7 @@ def test_auto_leaves_other_devices_to_pytorch(monkeypatch):
     hf_multipole.tensor_attention(**tensors())
 
 
-@pytest.mark.parametrize("version, words", [(None, "need Triton: pip install"), ("3.1.0", "need Triton 3.2 or later, but this is 3.1.0")])
+@pytest.mark.parametrize("version, words", [(None, "need Triton: pip install"), ("3.2.0", "need Triton 3.3 or later, but this is 3.2.0")])
 @pytest.mark.parametrize("file", ["tensor_triton", "polynomial_triton"])
 def test_a_triton_that_is_missing_or_too_old(monkeypatch, file, version, words):
     name = f"hf_multipole.modeling.{file}"
