@@ -2,6 +2,7 @@
 
     python scripts/benchmark_tensor.py --output runs/benchmark-tensor
     python scripts/benchmark_tensor.py --lengths 256 --window-lengths 2048 --polynomial-lengths 1024 --repeats 3
+    python scripts/benchmark_tensor.py --device cuda --output runs/benchmark-tensor-gpu
 
 Three parts, each with causal attention unless it says otherwise: "exact", with a score and value width of --head-dim; "window", the
 same with --window; "polynomial", with a score width of --score-dim and values of the same width, entries within 1 and scale
@@ -9,8 +10,10 @@ same with --window; "polynomial", with a score width of --score-dim and values o
 Cases of a part and length take turns, one call of each a round, with a matrix product in between, so that they share whatever
 else the machine does. Times are medians ± half the interquartile range. "x forward": forward and backward over forward. "rate":
 useful operations (4 * dim for each pair that a query sees) a second, over those of a 1024 x 1024 matrix product in the same rounds.
-"CPU": processor over wall time; under the number of threads, the machine was busy. Before anything is timed, every case is
-compared with hf_multipole.reference on a small shape, values and gradients; the polynomial's output with its certificate.
+"CPU": processor over wall time; under the number of threads, the machine was busy. With --device cuda the GPU kernels are timed,
+each beside the PyTorch path, in bfloat16 with 64 query heads on one key head of width 128, the ratio of arXiv 2507.02754. Before
+anything is timed, every case is compared with hf_multipole.reference on a small shape, values and gradients; the polynomial's
+output with its certificate.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import platform
 import shlex
 import sys
 import time
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +36,10 @@ from hf_multipole.modeling.polynomial_attention import feature_count
 from hf_multipole.reference import tensor_attention_reference
 
 PASSES = ("forward", "both")
+PUBLISHED = (
+    "published, windowed forward, bfloat16, H100, in the same operations: up to 337 Tflop/s by the Triton kernels of arXiv 2507.02754, "
+    "up to 588 by those of pytorch.org/blog/fast-2-simplicial-attention-hardware-efficient-kernels-in-tlx"
+)
 
 
 def dense(q, keys, values, *, causal, scale=None, window=None):
@@ -45,12 +53,16 @@ def dense(q, keys, values, *, causal, scale=None, window=None):
     return torch.einsum("bhijk,bhjc,bhkc->bhic", weights, *values)
 
 
-def make_inputs(n, heads, dim, entries=None, seed=0):
+def make_inputs(o, n, heads, kv_heads, dim, entries=None, seed=0):
     """q, two keys, two values, and the gradient of the output; entries of q and keys uniform within a bound, or normal."""
     torch.manual_seed(seed)
-    q, *keys = (torch.randn(1, heads, n, dim) if entries is None else (torch.rand(1, heads, n, dim) * 2 - 1) * entries for _ in range(3))
-    values = [torch.randn(1, heads, n, dim) for _ in range(2)]
-    return [x.requires_grad_() for x in (q, *keys, *values)], torch.randn(1, heads, n, dim)
+
+    def make(heads, entries=None):
+        x = torch.randn(1, heads, n, dim) if entries is None else (torch.rand(1, heads, n, dim) * 2 - 1) * entries
+        return x.to(o.device, getattr(torch, o.dtype))
+
+    tensors = make(heads, entries), *(make(kv_heads, entries) for _ in range(2)), *(make(kv_heads) for _ in range(2))
+    return [x.requires_grad_() for x in tensors], make(heads)
 
 
 def pairs(n, causal, window):
@@ -61,10 +73,18 @@ def pairs(n, causal, window):
 
 
 def cases(o, part, n):
-    """Name, function, options of each case of a part."""
+    """Name, function, options of each case of a part; on a GPU, each is followed by the same on the PyTorch path."""
+    found = own_cases(o, part, n)
+    if o.device == "cpu":
+        return found
+    paths = ("", {"backend": "triton"}), (", PyTorch path", {"backend": "torch"})
+    return [(name + path, function, options | backend) for name, function, options in found for path, backend in paths]
+
+
+def own_cases(o, part, n):
     if part == "exact":
         found = [("causal", tensor_attention, {"causal": True}), ("bidirectional", tensor_attention, {"causal": False})]
-        if n <= o.dense_up_to:
+        if o.device == "cpu" and n <= o.dense_up_to:
             found += [("causal, einsum", dense, {"causal": True}), ("bidirectional, einsum", dense, {"causal": False})]
         return found
     if part == "window":
@@ -88,15 +108,16 @@ def run(function, inputs, upstream, options, backward):
 def verify(o):
     """Stops where a case differs from the reference: float32 against float64, by more than sums of this size round."""
     for part in ("exact", "window", "polynomial"):
-        inputs, upstream = make_inputs(20, 1, o.score_dim, entries=1.0)
-        q, k1, k2, v1, v2 = inputs
+        inputs, upstream = make_inputs(o, 20, 2, 1, o.score_dim, entries=1.0)
+        leaves = [x.detach().cpu().requires_grad_() for x in inputs]
+        q, k1, k2, v1, v2 = leaves
         for name, function, options in cases(o, part, 1):
             kept = {key: value for key, value in options.items() if key in ("causal", "window", "scale")}
             exact = tensor_attention_reference(q, [k1, k2], [v1, v2], **kept)
-            wanted = [exact, *torch.autograd.grad(exact, inputs, upstream.double())]
-            got = [run(function, inputs, None, options, False), *run(function, inputs, upstream, options, True)]
+            wanted = [exact, *torch.autograd.grad(exact, leaves, upstream.cpu().double())]
+            got = [x.cpu() for x in (run(function, inputs, None, options, False), *run(function, inputs, upstream, options, True))]
             error = [(a.double() - b).abs().max().item() / b.abs().max().item() for a, b in zip(got, wanted)]
-            allowed = 1e-4
+            allowed = max(1e-4, 4 * torch.finfo(upstream.dtype).eps)
             if options.get("method") == "polynomial":
                 _, certificate = tensor_attention(q, [k1, k2], [v1, v2], **options, return_certificate=True)
                 if not ((got[0].double() - exact).abs() <= certificate.error).all():
@@ -107,9 +128,12 @@ def verify(o):
                 sys.exit(f"{part}, {name}: wrong: nothing is timed")
 
 
-def timed(work, *arguments):
+def timed(o, work, *arguments):
+    wait = torch.cuda.synchronize if o.device == "cuda" else int
+    wait()
     wall, cpu = time.perf_counter(), time.process_time()
     work(*arguments)
+    wait()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -122,15 +146,15 @@ def summary(samples):
 def measure(o, part, n, bar):
     """All cases of a part at one length, in turns."""
     dim = o.score_dim if part == "polynomial" else o.head_dim
-    inputs, upstream = make_inputs(n, o.heads, dim, 1.0 if part == "polynomial" else None)
-    matrix, products = torch.randn(1024, 1024), []
+    inputs, upstream = make_inputs(o, n, o.heads, o.kv_heads, dim, 1.0 if part == "polynomial" else None)
+    matrix, products = torch.randn(o.matrix, o.matrix).to(upstream), []
     entries = [(name, {"forward": [], "both": []}, function, options) for name, function, options in cases(o, part, n)]
     for i in range(o.repeats + 1):
         for name, samples, function, options in entries:
             for which in PASSES:
                 bar.set_postfix_str(f"{part}, n = {n}, {name}")
-                product = timed(torch.mm, matrix, matrix)[0]
-                sample = timed(run, function, inputs, upstream, options, which == "both")
+                product = timed(o, torch.mm, matrix, matrix)[0]
+                sample = timed(o, run, function, inputs, upstream, options, which == "both")
                 if i:  # the first round warms up
                     samples[which].append(sample)
                     products.append(product)
@@ -141,7 +165,8 @@ def measure(o, part, n, bar):
         result = {"part": part, "n": n, "case": name} | {which: summary(samples[which]) for which in PASSES}
         if options.get("method") != "polynomial":
             useful = o.heads * 4 * dim * pairs(n, options["causal"], options.get("window"))
-            result["rate"] = useful / result["forward"]["median"] / rate
+            result["flops_per_second"] = useful / result["forward"]["median"]
+            result["rate"] = result["flops_per_second"] / rate
         results.append(result)
     for result in results:
         # The einsum form and the exact path are what the others are compared with.
@@ -153,22 +178,26 @@ def measure(o, part, n, bar):
 
 def table(o, results, rates):
     """The results in Markdown."""
-    lines = ["| part | n | case | forward, ms | forward + backward, ms | x forward | rate | faster than einsum or exact path | CPU |"]
-    lines.append("|---|---:|---|" + "---:|" * 6)
+    other = "einsum or exact path" if o.device == "cpu" else "PyTorch path"
+    head = ["part", "n", "case", "forward, ms", "forward + backward, ms", "x forward", "Gflop/s", "rate", f"faster than {other}", "CPU"]
+    lines = [f"| {' | '.join(head)} |", "|---|---:|---|" + "---:|" * 7]
     for r in results:
         cells = [r["part"], f"{r['n']:,}", r["case"]]
         cells += [f"{r[which]['median'] * 1e3:,.1f} ±{r[which]['spread'] / r[which]['median']:.0%}" for which in PASSES]
         cells.append(f"{r['both']['median'] / r['forward']['median']:.2f}")
-        cells.append(f"{r['rate']:.2f}" if "rate" in r else "")
+        cells += [f"{r['flops_per_second'] / 1e9:,.0f}", f"{r['rate']:.2f}"] if "rate" in r else ["", ""]
         cells.append(" / ".join(f"{r['speedup'][which]:.3g}" for which in PASSES) if "speedup" in r else "")
         cells.append(f"{r['both']['cpu']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     features = feature_count(o.score_dim, o.degree)
     notes = [
-        f"- heads: {o.heads}, float32, {o.threads} threads; exact and window: width {o.head_dim}, window {tuple(o.window)}; "
+        f"- {o.device}, {o.dtype}, {o.threads} threads; heads: {o.heads} on {o.kv_heads} of keys; exact and window: width {o.head_dim}, "
+        f"window {tuple(o.window)}; "
         f"polynomial: width {o.score_dim}, degree {o.degree}, {features} features",
         f"- matrix product: {', '.join(f'{rate / 1e9:.0f} Gflop/s ({part}, {n:,})' for (part, n), rate in rates.items())}",
     ]
+    if o.device == "cuda":
+        notes.append(f"- {PUBLISHED}")
     return "\n".join([*lines, "", *notes])
 
 
@@ -196,19 +225,33 @@ def draw(results, path):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Times tensor attention.", allow_abbrev=False)
-    sizes = {"heads": 1, "head-dim": 64, "score-dim": 8, "degree": 4, "dense-up-to": 256, "exact-up-to": 1024}
-    for name, default in (sizes | {"repeats": 5, "threads": torch.get_num_threads()}).items():
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="which other defaults depend on")
+    gpu = device.parse_known_args(arguments)[0].device == "cuda"
+    parser = argparse.ArgumentParser(description="Times tensor attention.", allow_abbrev=False, parents=[device])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16" if gpu else "float32")
+    sizes = {"heads": 64 if gpu else 1, "head-dim": 128 if gpu else 64, "matrix": 8192 if gpu else 1024}
+    sizes |= {"score-dim": 8, "degree": 4, "dense-up-to": 256, "exact-up-to": 1024, "repeats": 20 if gpu else 5}
+    for name, default in (sizes | {"threads": torch.get_num_threads()}).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    for name, default in (("lengths", [256, 512, 1024]), ("window-lengths", [2048, 16384]), ("polynomial-lengths", [1024, 8192, 65536])):
+    lengths = {"lengths": [256, 512, 1024], "window-lengths": [2048, 16384], "polynomial-lengths": [1024, 8192, 65536]}
+    for name, default in lengths.items():
         parser.add_argument(f"--{name}", type=int, nargs="*", default=default, help=f"default: {default}")
+    parser.add_argument("--kv-heads", type=int, help="default: 1 on a GPU, else as many as --heads")
     parser.add_argument("--window", type=int, nargs=2, default=[32, 512])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-tensor"))
     o = parser.parse_args(arguments)
-    numbers = {name: min(x) if isinstance(x, list) else x for name, x in vars(o).items() if name != "output" and x != []}
+    if o.kv_heads is None:
+        o.kv_heads = 1 if gpu else o.heads
+    texts = "output", "device", "dtype"
+    numbers = {name: min(x) if isinstance(x, list) else x for name, x in vars(o).items() if name not in texts and x != []}
     faults = [f"--{name.replace('_', '-')} {x} must be positive" for name, x in numbers.items() if not x > 0]
     if o.output.exists() and not o.output.is_dir():
         faults.append(f"--output {o.output} is a file; name a folder")
+    if not faults and o.heads % o.kv_heads:
+        faults.append(f"--kv-heads {o.kv_heads} does not divide --heads {o.heads}")
+    if gpu and not torch.cuda.is_available():
+        faults.append("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if faults:
         sys.exit("\n".join(faults))
     return o
@@ -218,6 +261,8 @@ def machine():
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")] or [platform.processor()]
     versions = {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        versions |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": version("triton")}
     return {"processor": names[0], "cores": os.cpu_count(), "load": os.getloadavg()} | versions
 
 
@@ -234,7 +279,7 @@ def main(arguments):
             found, rates[part, n] = measure(o, part, n, bar)
             results += found
     print(text := table(o, results, rates))
-    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, list))}
+    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, list, str))}
     gemm = {f"{part} {n}": rate for (part, n), rate in rates.items()}
     record = {"command": command, "machine": machine(), "options": options, "gemm_flops_per_second": gemm, "results": results}
     (o.output / "benchmark-tensor.json").write_text(json.dumps(record, indent=1) + "\n")

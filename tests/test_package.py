@@ -62,7 +62,7 @@ for name in sys.argv[2:]:
 q = torch.randn(1, 2, 50, 4)
 print(tuple(sys.modules["flat.multipole_attention"].multipole_attention(q, q, q, block_size=8, rank=2).shape))
 """
-    names = [path.stem for path in FILES if path.stem not in INTERFACE]
+    names = [path.stem for path in FILES if path.stem not in INTERFACE and not path.stem.endswith("_triton")]
     assert run(script, MODELING, *names, cwd=tmp_path).strip() == "(1, 2, 50, 4)"
 
 

@@ -471,6 +471,8 @@ def test_benchmark(tmp_path):
     run("benchmark_tensor.py", *lengths, "--output", "out", cwd=tmp_path)
     record = json.loads((tmp_path / "out" / "benchmark-tensor.json").read_text())
     assert {result["part"] for result in record["results"]} == {"exact", "window", "polynomial"}
+    if not torch.cuda.is_available():
+        assert "--device cuda: PyTorch finds no CUDA device" in run("benchmark_tensor.py", "--device", "cuda", cwd=tmp_path, fails=True)
     assert "--repeats 0 must be positive" in run("benchmark_tensor.py", "--repeats", 0, cwd=tmp_path, fails=True)
 
 

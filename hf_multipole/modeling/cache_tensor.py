@@ -6,6 +6,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from .cache_multipole import ROLLBACK, PastTokens, to_take_back
 from .polynomial_attention import Approximation, attend, feature_count
 from .state_multipole import NewTokens
+from .tensor_attention import takes_kernels
 
 
 class TensorLayer(DynamicLayer):
@@ -69,7 +70,7 @@ class TensorLayer(DynamicLayer):
             rows = torch.tensor([i for i, row in enumerate(new) if (row.start, row.count) == (start, count)], device=q.device)
             part = slice(start, start + count)
             tokens = q[rows, :, part], keys[:, rows, :, part], values[:, rows, :, part]
-            found, after = attend(*tokens, approximation, causal=True, state=sums[:, rows])
+            found, after = attend(*tokens, approximation, causal=True, state=sums[:, rows], kernels=takes_kernels("auto", q, values))
             out[rows, :, part] = found
             sums[:, rows] = after
         counts = self.counts or [0] * batch

@@ -22,6 +22,7 @@ MAX_DEGREE = 24
 TOLERANCE = 1e-3
 # Numbers in the features that are worked on at once.
 _AT_ONCE = 2**20
+_AT_ONCE_ON_DEVICE = 2**26
 # Tokens summed in the dtype of the arguments, before float64.
 _SUMMED = 64
 # Tokens of a causal chunk: within it, pairs (triples, ...) of a query and tokens of some indices are worked out.
@@ -236,24 +237,17 @@ def _weights(approximation: Approximation, dim: int, like: torch.Tensor) -> torc
 # The sums. Groups are rows and heads of keys side by side; values have a last channel of ones.
 
 
-def _absorb(keys, values, degree: int, chunk: int):
+def _absorb(keys, values, degree: int, chunk: int, features):
     """Features ``(indices, groups, chunks, chunk, features)`` of keys ``(indices, groups, tokens, dim)``, and the sums of each chunk."""
     keys, values = (F.pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk)) for x in (keys, values))
     of_keys = features(keys, degree)
     return of_keys, of_keys.mT @ values
 
 
-def _read(q, weights, product, degree: int):
-    """Numerators and denominators of queries ``(groups, repeats, tokens, dim)`` that see all of a state."""
-    rows = features(q, degree).mul(weights).flatten(1, 2)
-    return torch.bmm(rows, product).unflatten(1, q.shape[1:3])
-
-
-def _read_causal(q, keys, values, of_keys, sums, state, weights, coefficients):
-    """The same where the queries are the tokens of the chunks: each sees the state, earlier chunks, and its own up to itself."""
+def _read_causal(q, keys, values, of_keys, before, weights, coefficients):
+    """Numerators and denominators, from the states before each chunk and from the tuples of tokens of which some lie in it."""
     groups, repeats, tokens, dim = q.shape
     indices, _, chunks, chunk, _ = of_keys.shape
-    before = torch.cat([state[:, :, None], sums[:, :, :-1]], 2).cumsum(2)
     q, keys, values = (F.pad(x, (0, 0, 0, -tokens % chunk)).unflatten(2, (-1, chunk)) for x in (q, keys, values))
     seen = torch.ones(chunk, chunk, dtype=q.dtype, device=q.device).tril().view(chunk, 1, chunk, 1)
     powers = [c / dim**i for i, c in enumerate(coefficients)]
@@ -287,9 +281,9 @@ class _Sums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, keys, values, state, approximation, causal):
+    def forward(ctx, q, keys, values, state, approximation, causal, kernels):
         first = keys.shape[2] - q.shape[2]
-        plan = ctx.plan = _Plan(q, keys, approximation, causal, first)
+        plan = ctx.plan = _Plan(q, keys, values.shape[-1], approximation, causal, kernels)
         state = state.clone()
         ctx.mark_non_differentiable(state)
         out = q.new_empty(*q.shape[:3], values.shape[-1])
@@ -299,12 +293,12 @@ class _Sums(torch.autograd.Function):
             for part, asking in plan.chunks(first, keys.shape[2], queries=True):
                 of_keys, sums = plan.absorb(keys[:, :, part], values[:, :, part])
                 tensors = q[:, :, asking], keys[:, :, part], values[:, :, part], of_keys, sums, state.to(q.dtype)
-                out[:, :, asking] = _read_causal(*tensors, plan.weights, approximation.coefficients)
+                out[:, :, asking] = plan.read_causal(*tensors)
                 state += sums.double().sum(2)
         else:
             product = state.prod(0).to(q.dtype)
             for part in plan.chunks(0, q.shape[2]):
-                out[:, :, part] = _read(q[:, :, part], plan.weights, product, plan.degree)
+                out[:, :, part] = plan.read(q[:, :, part], product)
         ctx.save_for_backward(q, keys, values, state)
         return out, state
 
@@ -327,7 +321,7 @@ class _Sums(torch.autograd.Function):
                     total = sums.double().sum(2)
                     state = state - total.detach()
                     (before,) = leaves(state.to(q.dtype))
-                    out = _read_causal(x, k, v, of_keys, sums, before, plan.weights, plan.approximation.coefficients)
+                    out = plan.read_causal(x, k, v, of_keys, sums, before)
                     *parts, of_state = torch.autograd.grad((out, total), (x, k, v, before), (grad[:, :, asking], grad_state))
                     grad_state += of_state
                     for whole, place, of_part in zip(grads, (asking, part, part), parts):
@@ -339,7 +333,7 @@ class _Sums(torch.autograd.Function):
                 grad_product = torch.zeros_like(product, dtype=torch.float64)
                 for part in plan.chunks(0, q.shape[2]):
                     (x,) = leaves(q[:, :, part])
-                    out = _read(x, plan.weights, of_product, plan.degree)
+                    out = plan.read(x, of_product)
                     grads[0][:, :, part], more = torch.autograd.grad(out, (x, of_product), grad[:, :, part])
                     grad_product += more
                 (grad_state,) = torch.autograd.grad(product, whole_state, grad_product.to(q.dtype))
@@ -347,25 +341,49 @@ class _Sums(torch.autograd.Function):
                 k, v = leaves(keys[:, :, part], values[:, :, part])
                 total = plan.absorb(k, v)[1].double().sum(2)
                 grads[1][:, :, part], grads[2][:, :, part] = torch.autograd.grad(total, (k, v), grad_state)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 class _Plan:
-    """How a call is cut into parts."""
+    """How a call is cut into parts, and what works on them: functions of this file, or kernels."""
 
-    def __init__(self, q, keys, approximation: Approximation, causal: bool, first: int):
+    def __init__(self, q, keys, width: int, approximation: Approximation, causal: bool, kernels: bool):
         (groups, repeats, _, dim), indices = q.shape, len(keys)
-        self.approximation, self.causal, self.first = approximation, causal, first
+        self.approximation, self.causal, self.first = approximation, causal, keys.shape[2] - q.shape[2]
         self.degree = len(approximation.coefficients) - 1
         self.weights = _weights(approximation, dim, q)
+        self.features, self.causal_sums = features, None
         self.chunk = _CHUNK.get(indices, 2) if causal else _SUMMED
         choices = self.chunk ** max(1, indices - 1) if causal else 1
         at_once = _AT_ONCE // (groups * max(repeats * choices, indices) * len(self.weights)) // self.chunk
         # Beyond this many chunks, the sum of the chunks would round more often than the certificate says.
-        self.size = self.chunk * max(1, min(at_once, (_SUMMED - self.chunk) if causal else 8))
+        chunks = _SUMMED - self.chunk if causal else 8
+        if kernels:
+            from .polynomial_triton import CHUNK, causal_sums, feature_map
+
+            self.features, self.causal_sums = feature_map, causal_sums
+            if causal:
+                self.chunk = CHUNK
+                # A chunk's tokens are summed twice: for the chunks after it, and one by one.
+                chunks = _SUMMED - 2 * self.chunk
+            at_once = _AT_ONCE_ON_DEVICE // (groups * len(self.weights) * ((repeats + indices) * self.chunk + indices * width))
+        self.size = self.chunk * max(1, min(at_once, chunks))
 
     def absorb(self, keys, values):
-        return _absorb(keys, values, self.degree, self.chunk)
+        return _absorb(keys, values, self.degree, self.chunk, self.features)
+
+    def read(self, q, product):
+        """Numerators and denominators of queries ``(groups, repeats, tokens, dim)`` that see all of a state."""
+        rows = (self.features(q, self.degree) * self.weights).flatten(1, 2)
+        return torch.bmm(rows, product).unflatten(1, q.shape[1:3])
+
+    def read_causal(self, q, keys, values, of_keys, sums, state):
+        """The same where the queries are the tokens of the chunks: each sees the state, earlier chunks, and its own up to itself."""
+        before = torch.cat([state[:, :, None], sums[:, :, :-1]], 2).cumsum(2)
+        if self.causal_sums is None:
+            return _read_causal(q, keys, values, of_keys, before, self.weights, self.approximation.coefficients)
+        rows = self.features(q, self.degree) * self.weights
+        return self.causal_sums(rows, of_keys.flatten(2, 3)[:, :, : q.shape[2]], values, before)
 
     def chunks(self, start: int, stop: int, queries: bool = False):
         for low in range(start, stop, self.size):
@@ -373,7 +391,7 @@ class _Plan:
             yield (part, slice(part.start - self.first, part.stop - self.first)) if queries else part
 
 
-def attend(q, keys, values, approximation: Approximation, *, causal: bool, state: torch.Tensor | None = None):
+def attend(q, keys, values, approximation: Approximation, *, causal: bool, state: torch.Tensor | None = None, kernels: bool = False):
     """Near-linear tensor attention of whole rows, and the state that continues them.
 
     Args:
@@ -381,6 +399,7 @@ def attend(q, keys, values, approximation: Approximation, *, causal: bool, state
         keys: ``(order - 1, batch, kv_heads, n, dim)``. Entries of q and keys lie within the approximation's bound: not checked.
         values: ``(order - 1, batch, kv_heads, n, value_dim)``.
         state: of the tokens before, which all queries see too; from an earlier call with the same approximation. It has no gradient.
+        kernels: on the GPU kernels, which are of order 3 and float32.
 
     Returns:
         ``(batch, heads, queries, value_dim)``, and the state ``(order - 1, batch, kv_heads, features, value_dim + 1)``, float64.
@@ -394,6 +413,6 @@ def attend(q, keys, values, approximation: Approximation, *, causal: bool, state
     groups = (q / bound).unflatten(1, (kv_heads, -1)).flatten(0, 1)
     tensors = groups, (keys / bound).flatten(1, 2), values.flatten(1, 2), state.flatten(1, 2)
     with torch.autocast(q.device.type, enabled=False):
-        sums, state = _Sums.apply(*tensors, approximation, causal)
+        sums, state = _Sums.apply(*tensors, approximation, causal, kernels)
     out = sums[..., :-1] / sums[..., -1:]
     return out.unflatten(0, (batch, kv_heads)).flatten(1, 2), state.unflatten(1, (batch, kv_heads))

@@ -1,6 +1,7 @@
 """Tensor attention: the function, its checks, and what it hands to the exact and to the near-linear path (arXiv 2310.04064)."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -70,7 +71,10 @@ def tensor_attention(
         on_violation: what happens where the polynomial cannot vouch for its output, since entries exceed the bound or since the
             bound asks for too many features: "raise", or "exact" for the exact path.
         return_certificate: also returns a :class:`Certificate`, a bound on the error of the output; None where the exact path ran.
-        backend: "auto" or "torch".
+        backend: "torch"; "triton", the GPU kernels, for order 3 in float32, bfloat16 and float16, no dropout, and head_dim up to 256
+            on the exact path; "auto": the kernels for tensors on CUDA devices, the PyTorch path on other devices, for other orders,
+            in float64 and with dropout. Results are the same up to rounding; what is not finite makes not-a-number of all channels of
+            the queries that see it.
 
     Returns:
         ``(batch, heads, queries, value_dim)`` in q's dtype, zeros at padded queries.
@@ -99,6 +103,7 @@ def tensor_attention(
         tolerance=tolerance,
         on_violation=on_violation,
         return_certificate=return_certificate,
+        backend=backend,
     )
 
 
@@ -118,9 +123,11 @@ def document_attention(
     tolerance=TOLERANCE,
     on_violation="raise",
     return_certificate=False,
+    backend="auto",
 ):
     """:func:`tensor_attention` of checked arguments in one dtype; document: as from :func:`document_numbers`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kernels = takes_kernels(backend, q, values, dropout_p)
     if method == "polynomial":
         real = None if document is None else document >= 0
         try:
@@ -129,25 +136,49 @@ def document_attention(
             if on_violation == "raise":
                 raise
         else:
-            out = _near_linear(q, keys, values, document, approximation, causal)
+            out = _near_linear(q, keys, values, document, approximation, causal, kernels)
             if not return_certificate:
                 return out
             dtype = compute_dtype(q.dtype)
             return out, certify(approximation, q.shape[-1], [v.detach() for v in values], real, q.shape[1], dtype, q.dtype)
 
-    out = _exact(q, keys, values, document, causal, window, scale, dropout_p)
+    out = _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels)
     return (out, None) if return_certificate else out
 
 
-def _exact(q, keys, values, document, causal, window, scale, dropout_p) -> torch.Tensor:
+def takes_kernels(backend: str, q: torch.Tensor, values: Sequence[torch.Tensor], dropout_p: float = 0.0) -> bool:
+    """Whether the GPU kernels are to run: see :func:`tensor_attention`. Raises where they are asked for and cannot."""
+    others = q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p or len(values) != 2
+    if backend == "torch" or (backend == "auto" and others):
+        return False
+    remedy = "pass backend='torch'"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"the kernels of backend='triton' run on CUDA devices, but q is on {q.device}: move the tensors, or {remedy}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"the kernels of backend='triton' take float32, bfloat16 and float16, but q has {q.dtype}: {remedy}")
+    if len(values) != 2:
+        raise ValueError(f"the kernels of backend='triton' are of order 3, with two keys, but there are {len(values)}: {remedy}")
+    if dropout_p:
+        raise ValueError(f"the kernels of backend='triton' have no dropout, but dropout_p is {dropout_p}: {remedy}")
+    return True
+
+
+def _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels) -> torch.Tensor:
     n, dtype = keys[0].shape[2], compute_dtype(q.dtype)
     windows = [n if width is None else min(width, n) for width in window or [None] * len(keys)]
     # The order of the indices does not matter, and the widest window is best gone through last.
     order = sorted(range(len(keys)), key=windows.__getitem__)
-    stacked = (torch.stack([tensors[i].to(dtype) for i in order]) for tensors in (keys, values))
+    keys, values, windows = ([x[i] for i in order] for x in (keys, values, windows))
+    if kernels:
+        for name, width in (("head_dim", q.shape[-1]), ("value_dim", values[0].shape[-1])):
+            if width > 256:
+                raise ValueError(f"the GPU kernels hold a head_dim of at most 256, but {name} is {width}: pass backend='torch'")
+        from .tensor_triton import tensor_kernels
+
+        return tensor_kernels(q, *keys, *values, document, causal, windows, scale)[0].to(q.dtype)
+    stacked = (torch.stack([x.to(dtype) for x in tensors]) for tensors in (keys, values))
     seed = torch.randint(2**62, ()) if dropout_p else None
-    out, _ = tensor_tiles(q.to(dtype), *stacked, document, causal, [windows[i] for i in order], scale, dropout_p, seed)
-    return out.to(q.dtype)
+    return tensor_tiles(q.to(dtype), *stacked, document, causal, windows, scale, dropout_p, seed)[0].to(q.dtype)
 
 
 @torch.compiler.disable
@@ -177,7 +208,7 @@ def _approximation(q, keys, values, real, scale, degree, entry_bound, tolerance)
 
 
 @torch.compiler.disable
-def _near_linear(q, keys, values, document, approximation, causal) -> torch.Tensor:
+def _near_linear(q, keys, values, document, approximation, causal, kernels) -> torch.Tensor:
     (batch, _, queries, _), n, dtype = q.shape, keys[0].shape[2], compute_dtype(q.dtype)
     keys, values = (torch.stack([x.to(dtype) for x in tensors]) for tensors in (keys, values))
     out = q.new_zeros(*q.shape[:3], values.shape[-1])
@@ -185,7 +216,7 @@ def _near_linear(q, keys, values, document, approximation, causal) -> torch.Tens
         asking = slice(max(0, start - n + queries), max(0, stop - n + queries))
         if asking.start < asking.stop:
             part = q[rows, :, asking].to(dtype), *(x[:, rows, :, start:stop] for x in (keys, values))
-            out[rows, :, asking] = attend(*part, approximation, causal=causal)[0].to(q.dtype)
+            out[rows, :, asking] = attend(*part, approximation, causal=causal, kernels=kernels)[0].to(q.dtype)
     return out
 
 
@@ -225,7 +256,7 @@ def check_options(
     for name, value, allowed in (
         ("method", method, ("exact", "polynomial")),
         ("on_violation", on_violation, ("raise", "exact")),
-        ("backend", backend, ("auto", "torch")),
+        ("backend", backend, ("auto", "torch", "triton")),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}, but must be {' or '.join(map(repr, allowed))}")
