@@ -213,9 +213,7 @@ def attend_blocks(*arguments) -> torch.Tensor:
     return _from_blocks(out, k.shape[0], k.shape[1], q.shape[1] // k.shape[1], block_size)
 
 
-def attend_segments(
-    q, k, v, far_mean, far_total, document, block_size, causal, scale, softcap, dropout_p=0.0
-) -> torch.Tensor:
+def attend_segments(q, k, v, far_mean, far_total, document, block_size, causal, scale, softcap, dropout_p=0.0) -> torch.Tensor:
     """The operator of the O(n) form for queries and keys ``(batch, heads, slots, dim)``, whole blocks of the same tokens, and the far
     field of their segments ``(batch, heads, segments, value_dim)`` and ``(batch, heads, segments)``; document: as in
     :func:`block_arguments`. Returns ``(batch, heads, slots, value_dim)``.

@@ -1,0 +1,136 @@
+"""Generation state of the O(n) form of multipole attention: that of the other form, and the far results of the last segments."""
+
+import torch
+from torch import nn
+
+from .multipole_attention import attend_segments
+from .multipole_linear import HIDDEN, merge, partial_softmax
+from .state_multipole import MultipoleState
+
+
+class LinearState(MultipoleState):
+    """``far`` ``(batch, heads, levels, segments, value_dim + 1)``: mean and log-sum-exp of the far field of segment s of each level, of
+    that level and all coarser ones, in slot ``s % segments``. It is computed when the first token of the segment comes, for all of them.
+    """
+
+    linear = True
+
+    def __init__(self, query, key, value, *args):
+        super().__init__(key, value, *args)
+        self.segments = self.spare * self.rank + 1  # those of the blocks that can be taken back, and of the next token
+        with torch.inference_mode(False):
+            self.far = self._nothing((len(query), query.shape[1], self.levels, self.segments))
+
+    def _nothing(self, shape: tuple[int, ...]) -> torch.Tensor:
+        far = self.values.slots.new_zeros(*shape, self.values.slots.shape[-1] + 1)
+        far[..., -1] = HIDDEN
+        return far
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return super().tensors() | {"far": self.far}
+
+    def description(self) -> dict:
+        return super().description() | {"segments": self.segments}
+
+    @classmethod
+    def restored(cls, description: dict, tensors: dict[str, torch.Tensor]) -> "LinearState":
+        state = super().restored(description, tensors)
+        state.far = tensors["far"]
+        return state
+
+    def select(self, index: torch.Tensor) -> None:
+        super().select(index)
+        with torch.inference_mode(False):
+            self.far = self.far.index_select(0, index.to(self.far.device, copy=True))
+
+    def _grow(self, length: int, call) -> None:
+        super()._grow(length, call)
+        missing = self.levels - self.far.shape[2]
+        if missing:
+            # No token so far is long enough to see anything of the new level.
+            with torch.inference_mode(False):
+                self.far = torch.cat([self.far, self._nothing((*self.far.shape[:2], missing, self.segments))], 2)
+
+    def _width(self, level: int) -> int:
+        return (self.block_size << level) // self.rank
+
+    def _keep_segments(self, rows, level: int, last: int, far: torch.Tensor) -> None:
+        """Keeps the newest of the segments ``(rows, heads, segments, value_dim + 1)`` that end before segment ``last``."""
+        far = far.detach()[:, :, -self.segments :]
+        slots = torch.arange(last - far.shape[2], last, device=far.device) % self.segments
+        if rows is None:
+            self.far[:, :, level, slots] = far
+        else:
+            self.far[rows[:, None], :, level, slots] = far.transpose(1, 2)
+
+    def _attend_grid(self, rows, past, q, padded, far, begins, call, writes):
+        m, n, kv_heads = self.block_size, past + q.shape[2], padded[1].shape[1]
+        repeats, dtype = q.shape[1] // kv_heads, self.values.slots.dtype
+        merged = known = None  # of the level above: its segments from number ``known`` on
+        for level in reversed(range(self.levels)):
+            width = self._width(level)
+            begin, fresh, end = past // width, -(-past // width), -(-n // width)
+            segment = torch.arange(fresh, end, device=q.device)
+            queries = q[:, :, fresh * width - past :: width].to(dtype).unflatten(1, (kv_heads, repeats)).transpose(2, 3)
+            if level + 1 < len(far[0]) and end > fresh:
+                own = segment[:, None] // self.rank
+                group = 2 * (own // 2 - 1) + torch.arange(2, device=q.device)
+                seen = (group >= 0) & (own - group >= 2)
+                bias = torch.zeros((), dtype=dtype, device=q.device)
+                if call.size_weighting:
+                    bias = bias + torch.tensor(width, dtype=dtype, device=q.device).log()
+                if call.far_bias is not None:
+                    learned = call.far_bias[:, min(level, call.far_bias.shape[1] - 1)].to(dtype)
+                    bias = bias + learned.view(kv_heads, 1, repeats, 1)
+                bias = torch.where(seen.repeat_interleave(self.rank, 1)[:, None], bias, HIDDEN).clamp(min=HIDDEN)
+                listed = (group - begins[level]).clamp(min=0)
+                k, v = (x[level + 1].to(dtype).unflatten(2, (-1, self.rank))[:, :, listed].flatten(3, 4) for x in far)
+                mean, total = partial_softmax(queries, k, v, bias, call.scale, call.softcap)
+                new = mean.transpose(2, 3).flatten(1, 2), total.transpose(2, 3).flatten(1, 2)
+            else:
+                new = self._nothing((len(q), q.shape[1], len(segment))).split([padded[2].shape[-1], 1], -1)
+                new = new[0], new[1].squeeze(-1)
+            if merged is not None:
+                above = segment // 2 - known
+                new = merge(new, (merged[:, :, above, :-1], merged[:, :, above, -1]))
+            new = torch.cat([new[0], new[1][..., None]], -1)
+            if end > fresh:
+                writes.append((self._keep_segments, rows, level, end, new))
+            if begin < fresh:
+                held = self.far[slice(None) if rows is None else rows, :, level, begin % self.segments]
+                new = torch.cat([held[:, :, None], new], 2)
+            merged, known = new, begin
+        grid = range(max(0, past // m - 1) * self.rank, -(-n // m) * self.rank)
+        if merged is None:
+            merged, known = self._nothing((len(q), q.shape[1], len(grid))), grid.start
+        around = (known - grid.start, grid.stop - known - merged.shape[2])
+        mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
+        return attend_segments(*padded, mean, total, None, m, True, call.scale, call.softcap)
+
+    def _attend_slots(self, q, bias, past, call):
+        length = torch.tensor(past, device=q.device)
+        width = self._width(0) << torch.arange(self.levels, device=q.device)
+        begins = length[:, None] % width == 0  # (batch, levels)
+        slot = length[:, None] // width % self.segments
+        row, value_dim = torch.arange(len(past), device=q.device), self.far.shape[-1] - 1
+        if any(length % self._width(0) == 0 for length in past) and self.levels:
+            k, v = (x.slots[:, :, self.ring :].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
+            of_levels = bias[..., self.ring :].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
+            mean, total = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, of_levels, call.scale, call.softcap)
+            # (batch, heads, levels, ...)
+            mean, total = (x.transpose(2, 3).flatten(1, 2) for x in (mean, total))
+            merged = self._nothing(mean.shape[:2])
+            for level in reversed(range(self.levels)):
+                new = merge((mean[:, :, level], total[:, :, level]), (merged[..., :-1], merged[..., -1]))
+                held = self.far[row, :, level, slot[:, level]]
+                merged = torch.where(begins[:, level, None, None], torch.cat([new[0], new[1][..., None]], -1), held)
+                self.far[row, :, level, slot[:, level]] = merged.detach()
+        near = q @ self.keys.slots[:, :, : self.ring, : q.shape[-1]].transpose(2, 3) * call.scale
+        if call.softcap is not None:
+            near = call.softcap * torch.tanh(near / call.softcap)
+        near, values = near + bias[..., : self.ring], self.values.slots[:, :, : self.ring]
+        if not self.levels:
+            return torch.softmax(near, -1) @ values
+        far = self.far[row, :, 0, slot[:, 0]].unflatten(1, q.shape[1:3])
+        weights = torch.softmax(torch.cat([near, far[..., value_dim:]], -1), -1)
+        return weights[..., :-1] @ values + weights[..., -1:] * far[..., :value_dim]
