@@ -314,7 +314,7 @@ def tensor_attention_forward(
 
 
 def register() -> None:
-    """Makes "multipole", "multipole_linear" and "tensor" known to Transformers. Doing it again changes nothing: this file may also be loaded from a
+    """Makes the attention functions known to Transformers. Doing it again changes nothing: this file may also be loaded from a
     checkpoint, and masks must come from the same copy of it as the attention function, for models that are already there too.
 
     Raises ValueError where another package has taken a name.

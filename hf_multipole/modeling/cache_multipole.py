@@ -107,8 +107,8 @@ class _StateLayer:
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
         if self.always and self.config._attn_implementation not in STATE_IMPLEMENTATIONS:
             raise ValueError(
-                "a MultipoleCache belongs to models that run with attn_implementation='multipole' or 'multipole_linear', but this one runs with "
-                f"{self.config._attn_implementation!r}; use a DynamicCache"
+                "a MultipoleCache belongs to models that run with attn_implementation='multipole' or 'multipole_linear', but this one "
+                f"runs with {self.config._attn_implementation!r}; use a DynamicCache"
             )
         if state or self.always:
             return PastTokens(self, key_states), value_states
@@ -303,7 +303,8 @@ def fingerprint(model: nn.Module) -> str:
 
 class MultipoleCache(DynamicCache):
     """The generation state of a whole model, as ``generate(past_key_values=...)`` takes it. Multipole layers keep a state, and so do
-    the full-attention layers of a stock model that runs with ``attn_implementation="multipole"`` or "multipole_linear"; all others keep what they do.
+    the full-attention layers of a stock model that runs with ``attn_implementation="multipole"`` or ``"multipole_linear"``; all others
+    keep what they do.
 
     config: the model's configuration. rollback: tokens that can be taken back (``crop``, assisted decoding), rounded up to whole
     blocks. A cache belongs to the first model that it is used with.

@@ -64,7 +64,8 @@ class MultipoleConfig(PreTrainedConfig):
     Args:
         is_causal: True for a decoder; False for an encoder, in which every token sees both sides.
         layer_types: kind of attention of each layer, "multipole_attention" (O(n log n)), "multipole_linear_attention" (O(n): tokens of
-            a segment share their far field), "tensor_attention" or "full_attention"; all "multipole_attention" by default. ``["multipole_attention"] * 3 + ["tensor_attention"]``, repeated, makes every fourth one a tensor layer.
+            a segment share their far field), "tensor_attention" or "full_attention"; all "multipole_attention" by default.
+            ``["multipole_attention"] * 3 + ["tensor_attention"]``, repeated, makes every fourth one a tensor layer.
         block_size: tokens in a block of the exact near field, and in a group of the first level.
         rank: summaries of each far group; divides block_size.
         summary: how groups are summarised: "hierarchical" (learned, any length), "direct" (learned for each level, as in the

@@ -45,12 +45,12 @@ def first_queries(q: torch.Tensor, block_size: int, rank: int, levels: int) -> t
 
 def partial_softmax(q, k, v, bias, scale: float, softcap: float | None, dropout_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention ``(..., queries, value_dim)`` of q ``(..., queries, dim)`` to k and v ``(..., keys, dim)``, and the log-sum-exp
-    ``(..., queries)`` of the logits, to which ``bias`` is added.
+    ``(..., queries)`` of the logits, to which ``bias`` is added; HIDDEN there hides a key.
     """
     logits = q @ k.transpose(-1, -2) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits + bias
+    logits = torch.where(bias > HIDDEN, logits + bias, HIDDEN)
     total = logits.logsumexp(-1)
     return nn.functional.dropout((logits - total[..., None]).exp(), dropout_p) @ v, total
 
@@ -128,13 +128,13 @@ def far_results(
 
     # The query heads of one key head are its queries.
     q = parents.pairs(queries, rank).unflatten(1, (kv_heads, repeats)).transpose(2, 3).flatten(3, 4)
-    mean, total = partial_softmax(q, k, v, bias, scale, softcap, dropout_p)
-    mean, total = (x.unflatten(3, (repeats, -1)).transpose(2, 3).flatten(1, 2) for x in (mean, total))
-    results = zip(*(x.flatten(2, 3).split([2 * rank * count for count in parents.counts], 2) for x in (mean, total)))
-    *finer, merged = results
-    for fine in reversed(finer):
-        size = fine[1].shape[2]
-        merged = merge(fine, tuple(x.repeat_interleave(2, 2)[:, :, :size] for x in merged))
+    with torch.autocast(q.device.type, enabled=False):
+        mean, total = partial_softmax(q, k, v, bias, scale, softcap, dropout_p)
+        mean, total = (x.unflatten(3, (repeats, -1)).transpose(2, 3).flatten(1, 2) for x in (mean, total))
+        *finer, merged = zip(*(x.flatten(2, 3).split([2 * rank * count for count in parents.counts], 2) for x in (mean, total)))
+        for fine in reversed(finer):
+            size = fine[1].shape[2]
+            merged = merge(fine, tuple(x.repeat_interleave(2, 2)[:, :, :size] for x in merged))
     return tuple(x[:, :, : keys[0].shape[2] * rank] for x in merged)
 
 
