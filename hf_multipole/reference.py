@@ -66,6 +66,8 @@ def segment_queries(q, head: int, block_size: int, rank: int, query_summary=None
                 pooled[level, first] = q[first]
             elif causal_queries == "previous":
                 pooled[level, first] = q[max(0, first - segment) : max(1, first)].mean(0)
+            elif query_summary is None:
+                pooled[level, first] = q[first : first + segment].mean(0)
             else:
                 group = first // width * width
                 pooled[level, first] = summarise(q[group : group + width], *maps)[0][(first - group) // segment]

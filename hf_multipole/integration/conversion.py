@@ -22,6 +22,9 @@ from ..modeling.far_field import FarField
 
 logger = logging.get_logger(__name__)
 
+# Attention implementations of converted models: O(n log n), O(n).
+KINDS = ("multipole", "multipole_linear")
+
 # Classes of attention modules that can be converted: one row (query, key, value) through the attention interface, heads and
 # head_dim those of the configuration. scripts/support_table.py runs each of them.
 ATTENTION_CLASSES = (
@@ -77,10 +80,10 @@ def _complete(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Called for every module that is put into another one."""
     if type(module).__name__ in ATTENTION_CLASSES and _is_stock(module) and not hasattr(module, "far_field"):
         _give_far_field(module)
-        if hasattr(module, "far_field") and module.config._attn_implementation != "multipole":
+        if hasattr(module, "far_field") and module.config._attn_implementation not in KINDS:
             logger.warning_once(
                 f"the model was converted to multipole attention, but runs with {module.config._attn_implementation!r}, without its "
-                "learned summaries: pass attn_implementation='multipole' if this was not your choice"
+                f"learned summaries: pass attn_implementation={module.config.attn_implementation!r} if this was not your choice"
             )
 
 
@@ -123,7 +126,7 @@ def _give_far_field(module: nn.Module) -> None:
     if options["summary"] == "mean" and options["far_bias_init"] is None:
         return
     # Saved with the configuration, so that Transformers refuses the checkpoint where this package is not imported.
-    config.attn_implementation = "multipole"
+    config.attn_implementation = KINDS[options["downsample_queries"]]
     if not is_multipole(module):
         return
     heads = config.num_attention_heads
@@ -135,7 +138,8 @@ def _give_far_field(module: nn.Module) -> None:
             f"summary='direct' needs config.max_position_embeddings, which {type(config).__name__} has not; use 'hierarchical'"
         )
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    module.far_field = FarField(options, heads, kv_heads, head_dim, length or 1).to(like.device, like.dtype)
+    queries = options["downsample_queries"] and not getattr(module, "is_causal", True)
+    module.far_field = FarField(options, heads, kv_heads, head_dim, length or 1, queries).to(like.device, like.dtype)
 
 
 def convert(
@@ -151,14 +155,14 @@ def convert(
 ) -> PreTrainedModel:
     """Gives a stock model multipole attention with learned summaries, in place, and returns it.
 
-    The summaries start as means and the far bias at ``far_bias_init``, so that the model first computes what
-    ``attn_implementation="multipole"`` does without learned parts. They are trained, saved and loaded with the model
+    The summaries start as means and the far bias at ``far_bias_init``, so that the model first computes what ``attn_implementation=
+    "multipole"`` (or ``"multipole_linear"``) does without learned parts. They are trained, saved and loaded with the model
     (``AutoModel...from_pretrained``, after ``import hf_multipole``).
 
     Args:
         model: a model of Transformers, on any device. (The language model inside of another model can be converted, too, but the
             whole is then loaded with attn_implementation={"text_config": "multipole"}, or how it calls that part.)
-        kind: "multipole".
+        kind: "multipole", or "multipole_linear", the O(n) form, in which tokens of a segment share their far field.
         layers: numbers of the layers that become multipole, from 0; all by default. Others, and those with a sliding window, stay
             exact.
         block_size, rank, size_weighting: see :func:`multipole_attention`; by default those of ``config.multipole``, or 64, 4
@@ -170,13 +174,14 @@ def convert(
     Raises:
         ValueError: the model cannot be converted, or an option is out of range. The model is unchanged then.
     """
-    if kind != "multipole":
-        raise ValueError(f"a model is converted to 'multipole', but not to {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"a model is converted to 'multipole' or 'multipole_linear', but not to {kind!r}")
     modules = _convertible(model)
     configs = {id(module.config): module.config for module in modules.values()}.values()
     given = {"block_size": block_size, "rank": rank, "size_weighting": size_weighting}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"summary": summary, "far_bias_init": far_bias_init, "layers": _numbers(layers)}
+    given |= {"downsample_queries": kind == "multipole_linear"}
     before = [getattr(config, "multipole", None) for config in configs]
     try:
         for config, options in zip(configs, before):
@@ -199,7 +204,7 @@ def convert(
             module._modules.pop("far_field", None)
         raise
     for config in configs:
-        config.attn_implementation = config._attn_implementation = "multipole"
+        config.attn_implementation = config._attn_implementation = kind
     return model
 
 

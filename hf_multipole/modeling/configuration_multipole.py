@@ -20,7 +20,9 @@ for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     setattr(configuration_utils, _names, _known + tuple(kind for kind in LAYER_TYPES if kind not in _known))
 SUMMARIES = ("hierarchical", "direct", "mean")
 # Options of ``config.multipole`` on models of other kinds, and their defaults: means of groups, in all layers without a window.
+# downsample_queries: what convert notes for "multipole_linear", of which there may be learned summaries of queries.
 STOCK_OPTIONS = {"block_size": 64, "rank": 4, "summary": "mean", "size_weighting": True, "far_bias_init": None, "layers": None}
+STOCK_OPTIONS |= {"downsample_queries": False}
 
 
 def attention_options(config: PreTrainedConfig) -> dict:
@@ -42,8 +44,9 @@ def attention_options(config: PreTrainedConfig) -> dict:
     check_sizes(options["block_size"], options["rank"])
     if options["summary"] not in SUMMARIES:
         raise ValueError(f"summary is {options['summary']!r}, but must be one of {', '.join(map(repr, SUMMARIES))}")
-    if not isinstance(options["size_weighting"], bool):
-        raise ValueError(f"size_weighting is {options['size_weighting']!r}, but must be true or false")
+    for name in ("size_weighting", "downsample_queries"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} is {options[name]!r}, but must be true or false")
     bias = options["far_bias_init"]
     if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias)):
         raise ValueError(f"far_bias_init is {bias!r}, but must be a finite number, or None for no bias")
