@@ -107,30 +107,33 @@ class LinearState(MultipoleState):
         mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
         return attend_segments(*padded, mean, total, None, m, True, call.scale, call.softcap)
 
-    def _attend_slots(self, q, bias, past, call):
-        length = torch.tensor(past, device=q.device)
+    def _begin_segments(self, q, bias, past: list[int], call) -> None:
+        """Far results of the segments, of whichever level and row, whose first token this is."""
+        length = torch.tensor(past, device=q.device)[:, None]
         width = self._width(0) << torch.arange(self.levels, device=q.device)
-        begins = length[:, None] % width == 0  # (batch, levels)
-        slot = length[:, None] // width % self.segments
-        row, value_dim = torch.arange(len(past), device=q.device), self.far.shape[-1] - 1
-        if any(length % self._width(0) == 0 for length in past) and self.levels:
-            k, v = (x.slots[:, :, self.ring :].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
-            of_levels = bias[..., self.ring :].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
-            mean, total = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, of_levels, call.scale, call.softcap)
-            # (batch, heads, levels, ...)
-            mean, total = (x.transpose(2, 3).flatten(1, 2) for x in (mean, total))
-            merged = self._nothing(mean.shape[:2])
-            for level in reversed(range(self.levels)):
-                new = merge((mean[:, :, level], total[:, :, level]), (merged[..., :-1], merged[..., -1]))
-                held = self.far[row, :, level, slot[:, level]]
-                merged = torch.where(begins[:, level, None, None], torch.cat([new[0], new[1][..., None]], -1), held)
-                self.far[row, :, level, slot[:, level]] = merged.detach()
+        begins, slot = length % width == 0, length // width % self.segments  # (batch, levels)
+        k, v = (x.slots[:, :, self.ring :].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
+        bias = bias[..., self.ring :].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
+        results = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, bias, call.scale, call.softcap)
+        mean, total = (x.detach().transpose(2, 3).flatten(1, 2) for x in results)  # (batch, heads, levels, ...)
+        merged, row = self._nothing(mean.shape[:2]), torch.arange(len(past), device=q.device)
+        for level in reversed(range(self.levels)):
+            at = (row, slice(None), level, slot[:, level])
+            new = merge((mean[:, :, level], total[:, :, level]), (merged[..., :-1], merged[..., -1]))
+            merged = torch.where(begins[:, level, None, None], torch.cat([new[0], new[1][..., None]], -1), self.far[at])
+            self.far[at] = merged
+
+    def _attend_slots(self, q, bias, past, call):
         near = q @ self.keys.slots[:, :, : self.ring, : q.shape[-1]].transpose(2, 3) * call.scale
         if call.softcap is not None:
             near = call.softcap * torch.tanh(near / call.softcap)
         near, values = near + bias[..., : self.ring], self.values.slots[:, :, : self.ring]
         if not self.levels:
             return torch.softmax(near, -1) @ values
-        far = self.far[row, :, 0, slot[:, 0]].unflatten(1, q.shape[1:3])
-        weights = torch.softmax(torch.cat([near, far[..., value_dim:]], -1), -1)
-        return weights[..., :-1] @ values + weights[..., -1:] * far[..., :value_dim]
+        if any(length % self._width(0) == 0 for length in past):
+            self._begin_segments(q, bias, past, call)
+        slots = [length // self._width(0) % self.segments for length in past]
+        rows, slot = (slice(None), slots[0]) if len(set(slots)) == 1 else (range(len(slots)), slots)
+        far = self.far[rows, :, 0, slot].unflatten(1, q.shape[1:3])
+        weights = torch.softmax(torch.cat([near, far[..., -1:]], -1), -1)
+        return weights[..., :-1] @ values + weights[..., -1:] * far[..., :-1]
