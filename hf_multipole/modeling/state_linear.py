@@ -1,5 +1,7 @@
 """Generation state of the O(n) form of multipole attention: that of the other form, and the far results of the last segments."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -63,46 +65,48 @@ class LinearState(MultipoleState):
         else:
             self.far[rows[:, None], :, level, slots] = far.transpose(1, 2)
 
+    def _results(self, level: int, q, segment, far: list, begin: int, call) -> tuple[torch.Tensor, torch.Tensor]:
+        """Far results, of this level alone, of segments with numbers ``(segments,)`` and queries ``(rows, heads, segments, dim)``.
+
+        far: keys and values of the groups of the level, ``(rows, kv_heads, groups * rank, dim)``, from group ``begin`` on.
+        """
+        dtype, kv_heads, device = self.values.slots.dtype, far[0].shape[1], q.device
+        q = q.to(dtype).unflatten(1, (kv_heads, -1)).transpose(2, 3)
+        own = segment[:, None] // self.rank
+        group = 2 * (own // 2 - 1) + torch.arange(2, device=device)
+        seen = ((group >= 0) & (own - group >= 2)).repeat_interleave(self.rank, 1)[:, None]
+        bias = torch.tensor(math.log(self._width(level)) if call.size_weighting else 0.0, dtype=dtype, device=device)
+        if call.far_bias is not None:
+            bias = bias + call.far_bias[:, min(level, call.far_bias.shape[1] - 1)].to(dtype).view(kv_heads, 1, -1, 1)
+        bias = torch.where(seen, bias, HIDDEN).clamp(min=HIDDEN)
+        listed = (group - begin).clamp(min=0)
+        k, v = (x.to(dtype).unflatten(2, (-1, self.rank))[:, :, listed].flatten(3, 4) for x in far)
+        mean, total = partial_softmax(q, k, v, bias, call.scale, call.softcap)
+        return mean.transpose(2, 3).flatten(1, 2), total.transpose(2, 3).flatten(1, 2)
+
     def _attend_grid(self, rows, past, q, padded, far, begins, call, writes):
-        m, n, kv_heads = self.block_size, past + q.shape[2], padded[1].shape[1]
-        repeats, dtype = q.shape[1] // kv_heads, self.values.slots.dtype
-        merged = known = None  # of the level above: its segments from number ``known`` on
+        m, n = self.block_size, past + q.shape[2]
+        grid = range(max(0, past // m - 1) * self.rank, -(-n // m) * self.rank)  # segments of level 1
+        merged, known = self._nothing((*q.shape[:2], len(grid))), grid.start  # of the level above, from its segment ``known`` on
         for level in reversed(range(self.levels)):
             width = self._width(level)
             begin, fresh, end = past // width, -(-past // width), -(-n // width)
             segment = torch.arange(fresh, end, device=q.device)
-            queries = q[:, :, fresh * width - past :: width].to(dtype).unflatten(1, (kv_heads, repeats)).transpose(2, 3)
+            new = self._nothing((*q.shape[:2], len(segment)))
             if level + 1 < len(far[0]) and end > fresh:
-                own = segment[:, None] // self.rank
-                group = 2 * (own // 2 - 1) + torch.arange(2, device=q.device)
-                seen = (group >= 0) & (own - group >= 2)
-                bias = torch.zeros((), dtype=dtype, device=q.device)
-                if call.size_weighting:
-                    bias = bias + torch.tensor(width, dtype=dtype, device=q.device).log()
-                if call.far_bias is not None:
-                    learned = call.far_bias[:, min(level, call.far_bias.shape[1] - 1)].to(dtype)
-                    bias = bias + learned.view(kv_heads, 1, repeats, 1)
-                bias = torch.where(seen.repeat_interleave(self.rank, 1)[:, None], bias, HIDDEN).clamp(min=HIDDEN)
-                listed = (group - begins[level]).clamp(min=0)
-                k, v = (x[level + 1].to(dtype).unflatten(2, (-1, self.rank))[:, :, listed].flatten(3, 4) for x in far)
-                mean, total = partial_softmax(queries, k, v, bias, call.scale, call.softcap)
-                new = mean.transpose(2, 3).flatten(1, 2), total.transpose(2, 3).flatten(1, 2)
-            else:
-                new = self._nothing((len(q), q.shape[1], len(segment))).split([padded[2].shape[-1], 1], -1)
-                new = new[0], new[1].squeeze(-1)
-            if merged is not None:
-                above = segment // 2 - known
-                new = merge(new, (merged[:, :, above, :-1], merged[:, :, above, -1]))
-            new = torch.cat([new[0], new[1][..., None]], -1)
+                results = self._results(
+                    level, q[:, :, fresh * width - past :: width], segment, [x[level + 1] for x in far], begins[level], call
+                )
+                if level + 1 < self.levels:
+                    above = merged[:, :, segment // 2 - known]
+                    results = merge(results, (above[..., :-1], above[..., -1]))
+                new = torch.cat([results[0], results[1][..., None]], -1)
             if end > fresh:
                 writes.append((self._keep_segments, rows, level, end, new))
             if begin < fresh:
                 held = self.far[slice(None) if rows is None else rows, :, level, begin % self.segments]
                 new = torch.cat([held[:, :, None], new], 2)
             merged, known = new, begin
-        grid = range(max(0, past // m - 1) * self.rank, -(-n // m) * self.rank)
-        if merged is None:
-            merged, known = self._nothing((len(q), q.shape[1], len(grid))), grid.start
         around = (known - grid.start, grid.stop - known - merged.shape[2])
         mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
         return attend_segments(*padded, mean, total, None, m, True, call.scale, call.softcap)
