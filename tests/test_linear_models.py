@@ -143,19 +143,15 @@ def test_query_summaries(summary, n, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-def test_training():
-    """Gradient checkpointing and torch.compile change nothing."""
+def test_gradient_checkpointing_changes_nothing():
     results = []
-    for variant in ("plain", "checkpointing", "compile"):
+    for checkpointing in (False, True):
         model = build(layer_types=LINEAR).train()
-        if variant == "checkpointing":
+        if checkpointing:
             model.gradient_checkpointing_enable()
-        torch._dynamo.reset()
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if variant == "compile" else model
-        run(tokens(), labels=tokens()).loss.backward()
+        model(tokens(), labels=tokens()).loss.backward()
         results.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(results[1], results[0], **CLOSE)
-    torch.testing.assert_close(results[2], results[0], **CLOSE)
 
 
 # Generation with stock models
