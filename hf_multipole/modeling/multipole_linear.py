@@ -169,12 +169,7 @@ class _SegmentWork(BlockWork):
 
     def weights(self, q, keys, start, stop, out, capped=None) -> torch.Tensor:
         """Attention weights ``(blocks, rows, all)``."""
-        logits = torch.baddbmm(out[: stop - start], q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=out[: stop - start])
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
-            if capped is not None:
-                capped[: stop - start].copy_(logits)
-            logits.mul_(self.softcap)
+        logits = self.products(q, keys, out, capped)
         self.mask(logits[..., : self.near].unflatten(1, (-1, self.block_size)), start, stop)
         # In place of the products with the tokens behind.
         logits[..., self.near + 1 :] = -torch.inf

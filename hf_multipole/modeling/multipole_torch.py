@@ -137,14 +137,20 @@ class BlockWork:
             if not self.finite:
                 far.masked_fill_(bias == -torch.inf, -torch.inf)
 
-    def weights(self, q, keys, start, stop, out, capped=None) -> torch.Tensor:
-        """Attention weights ``(blocks, rows, columns)``; ``capped`` keeps tanh of the soft-capped logits."""
-        logits = torch.baddbmm(out[: stop - start], q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=out[: stop - start])
+    def products(self, q, keys, out, capped=None) -> torch.Tensor:
+        """Scaled and soft-capped products of queries and keys, in ``out``; ``capped`` keeps tanh of the soft-capped logits."""
+        out = out[: len(q)]
+        torch.baddbmm(out, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=out)
         if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
+            out.div_(self.softcap).tanh_()
             if capped is not None:
-                capped[: stop - start].copy_(logits)
-            logits.mul_(self.softcap)
+                capped[: len(q)].copy_(out)
+            out.mul_(self.softcap)
+        return out
+
+    def weights(self, q, keys, start, stop, out, capped=None) -> torch.Tensor:
+        """Attention weights ``(blocks, rows, columns)``."""
+        logits = self.products(q, keys, out, capped)
         self.mask(logits.unflatten(1, (-1, self.block_size)), start, stop)
         return torch.softmax(logits, -1, out=logits)
 
