@@ -1,7 +1,7 @@
 """Fast multipole attention for Transformers.
 
-Importing this package registers the multipole models with the Auto classes, "multipole" as an attention implementation, and what
-checkpoints of converted models need to load.
+Importing this package registers the multipole models with the Auto classes, "multipole" and "multipole_linear" as attention
+implementations, and what checkpoints of converted models need to load.
 """
 
 from transformers import (

@@ -51,6 +51,30 @@ def summarise(x: torch.Tensor, linear: torch.Tensor, share: torch.Tensor) -> tup
     return torch.where(mass > 0, total / mass.clamp(min=1e-300), 0), mass
 
 
+def segment_queries(q, head: int, block_size: int, rank: int, query_summary=None, causal_queries=None) -> dict:
+    """What stands for the queries ``(n, dim)`` of one document in each segment, by level and first token of the segment.
+
+    Bidirectional: the summaries of the queries, as of keys. Causal: the query of the segment's first token ("first"), or the mean of
+    the segment before ("previous"; the first segment, which sees nothing far, has none).
+    """
+    pooled, level, width = {}, 1, block_size
+    while len(q) > 2 * width:
+        segment = width // rank
+        maps = effective_weights(query_summary, head, level, block_size, rank)
+        for first in range(0, len(q), segment):
+            if causal_queries == "first":
+                pooled[level, first] = q[first]
+            elif causal_queries == "previous":
+                pooled[level, first] = q[max(0, first - segment) : max(1, first)].mean(0)
+            elif query_summary is None:
+                pooled[level, first] = q[first : first + segment].mean(0)
+            else:
+                group = first // width * width
+                pooled[level, first] = summarise(q[group : group + width], *maps)[0][(first - group) // segment]
+        level, width = level + 1, 2 * width
+    return pooled
+
+
 def documents(mask: torch.Tensor, segments: torch.Tensor | None) -> list[torch.Tensor]:
     """Token indices of each document of one row: its real tokens, or those of each segment."""
     if segments is None:
@@ -67,6 +91,7 @@ def multipole_attention_reference(
     rank=4,
     key_summary=None,
     value_summary=None,
+    query_summary=None,
     far_keys=None,
     causal=True,
     attention_mask=None,
@@ -74,6 +99,8 @@ def multipole_attention_reference(
     size_weighting=True,
     far_bias=None,
     softcap=None,
+    downsample_queries=False,
+    causal_queries="first",
     scale=None,
     dropout_near=None,
     dropout_far=None,
@@ -83,7 +110,10 @@ def multipole_attention_reference(
     """Arguments as :func:`hf_multipole.multipole_attention`, computed in float64.
 
     dropout_near: ``(batch, heads, n, n)`` factors of the near weights, by query and key token (0 or 1 / (1 - p));
-    dropout_far: ``(batch, heads, n, summaries)``, by query token and summary of the row's document, levels side by side.
+    dropout_far: ``(batch, heads, n, summaries)``, by query token and summary of the row's document, levels side by side; with
+    downsample_queries, those of a segment's first token serve all of its tokens.
+    causal_queries: what stands for the queries of a segment in the causal case: "first", that of its first token, or "previous",
+    the mean of the segment before it.
     rotate_summary: ``(summary (rank, dim), first token's offset in the document, width) -> (rank, dim)``, applied to keys.
     return_weights: also returns the weights ``(batch, heads, n, n + summaries)``, for rows of one document.
     """
@@ -104,6 +134,10 @@ def multipole_attention_reference(
             for tokens in documents(mask[b], None if segment_ids is None else segment_ids[b]):
                 size = len(tokens)
                 keys, values, far = k[b, kv][tokens], v[b, kv][tokens], far_keys[b, kv][tokens]
+                pooled = {}  # by level and first token of a segment
+                if downsample_queries:
+                    queries = {"query_summary": query_summary} if not causal else {"causal_queries": causal_queries}
+                    pooled = segment_queries(q[b, h][tokens], h, block_size, rank, **queries)
 
                 summaries = []  # (first token, width, level, rank keys, rank values, rank counts)
                 level, width = 1, block_size
@@ -132,7 +166,9 @@ def multipole_attention_reference(
                         own = t // width
                         if abs(group - own) < 2 or abs(group // 2 - own // 2) > 1 or (causal and group > own):
                             continue
-                        logit = cap(scale * key @ query)
+                        segment = t // (width // rank) * (width // rank)
+                        far_query = pooled[level, segment] if downsample_queries else query
+                        logit = cap(scale * key @ far_query)
                         if size_weighting:
                             logit = logit + torch.where(count > 0, count, 1).log()
                         if far_bias is not None:
@@ -145,7 +181,11 @@ def multipole_attention_reference(
                     columns = torch.cat(columns)
                     all_weights[b, h, int(tokens[t])] = columns, weights
                     if dropout_near is not None:
-                        factors = torch.cat([dropout_near[b, h, tokens[t]], dropout_far[b, h, tokens[t]]])
+                        drawn = dropout_far[b, h, tokens[t]].clone()
+                        for position, (_, width, *_) in enumerate(summaries if downsample_queries else ()):
+                            own = slice(position * rank, (position + 1) * rank)
+                            drawn[own] = dropout_far[b, h, tokens[t // (width // rank) * (width // rank)], own]
+                        factors = torch.cat([dropout_near[b, h, tokens[t]], drawn])
                         weights = weights * factors[columns].double()
                     out[tokens[t]] = weights @ torch.cat(visible_values)
             rows.append(torch.stack(out[n - n_q :]))

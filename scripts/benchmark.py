@@ -9,6 +9,7 @@ over that of the multiply-adds alone (2 products forward, 6 in all, of the queri
 large matrix product in the same rounds. "CPU": processor over wall time; under the number of threads, the machine was busy.
 Memory is what a forward and backward needs above inputs, weights and incoming gradient: outputs, gradients and all between. On the
 CPU (Linux) a fresh process compares its resident set before with the highest since; on CUDA it is max_memory_allocated.
+"multipole-linear" is the O(n) form, with hierarchical summaries.
 Multipole methods and "near", the near field alone, are first checked against hf_multipole.reference, values and gradients; if one
 is wrong, nothing is timed. h-transformer-1d and local-attention (window 128) run where installed (extra "peers"), less projections.
 What would take more than --max-seconds-per-method at a length is left out; sdpa is then scaled by n^2, marked ~.
@@ -37,7 +38,7 @@ from hf_multipole.modeling.multipole_torch import block_attention
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 from hf_multipole.reference import multipole_attention_reference
 
-MULTIPOLE = ("multipole-mean", "multipole-direct", "multipole-hierarchical", "multipole-bidirectional")
+MULTIPOLE = ("multipole-mean", "multipole-direct", "multipole-hierarchical", "multipole-linear", "multipole-bidirectional")
 PEERS = {"h-transformer-1d": "h_transformer_1d", "local-attention": "local_attention"}
 METHODS = ("sdpa", "near", *MULTIPOLE, *PEERS)
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
@@ -70,6 +71,7 @@ def multipole_options(o, method, n, kv_heads):
     kind, *sizes = kinds.get(method, (HierarchicalSummary, *learned))
     key, value = (kind(o.block_size, o.rank, *sizes).to(o.device, o.torch_dtype) for _ in range(2))
     options = {"block_size": o.block_size, "rank": o.rank, "key_summary": key, "value_summary": value}
+    options["downsample_queries"] = method == "multipole-linear"
     return options | {"causal": method != "multipole-bidirectional"}, [*key.parameters(), *value.parameters()]
 
 
@@ -169,6 +171,8 @@ def forward_flops(o, method, n):
     sides = 2 if method == "multipole-bidirectional" else 1
     near = o.block_size * len(near_offsets(math.ceil(n / o.block_size), sides == 1))
     far = 2 * sides * o.rank * level_count(n, o.block_size) if method in MULTIPOLE else 0
+    if method == "multipole-linear":
+        far = 4 * o.rank**2 / o.block_size  # at most: twice rank of a block's queries, all levels taken together
     return o.batch * o.heads * n * 4 * o.head_dim * ((n + 1) / 2 if method == "sdpa" else min(n, near + far))
 
 

@@ -59,7 +59,7 @@ def parse():
         if args.text is None:
             parser.error(f"--kind {args.kind} needs --text, which its errors are measured on")
     elif args.text is not None:
-        parser.error("--text belongs to --kind multipole: tensor branches change nothing at first, so that there is nothing to measure")
+        parser.error("--text belongs to multipole attention: tensor branches change nothing at first, so that there is nothing to measure")
     return args
 
 
@@ -111,17 +111,17 @@ def options_of(args) -> dict:
 def measure(model, ids, args) -> list[dict]:
     """A row for each layer: its error, and for causal models the bits a token with it alone converted."""
     options = STOCK_OPTIONS | {"block_size": args.block_size, "rank": args.rank}
-    errors = layer_errors(model, ids, [options])[0]
+    errors = layer_errors(model, ids, [options], args.kind)[0]
     exact = model.config._attn_implementation
     rows = [{"layer": "all exact", "bits": loss(model, ids, exact) / math.log(2)}] if model.can_generate() else []
     modules = [(name, module) for name, module in attention_modules(model).items() if is_chosen(module)]
     for name, module in tqdm(modules, desc="layers", unit="layer"):
         row = {"layer": getattr(module, "layer_idx", None), "module": name, "error": errors[name]}
         if model.can_generate() and row["layer"] is not None:
-            row["bits"] = loss(model, ids, "multipole", options | {"layers": [row["layer"]]}) / math.log(2)
+            row["bits"] = loss(model, ids, args.kind, options | {"layers": [row["layer"]]}) / math.log(2)
         rows.append(row)
     if model.can_generate():
-        rows.append({"layer": "all multipole", "bits": loss(model, ids, "multipole", options) / math.log(2)})
+        rows.append({"layer": "all multipole", "bits": loss(model, ids, args.kind, options) / math.log(2)})
     return rows
 
 
@@ -166,13 +166,15 @@ def report(rows: list[dict], args, tokens: int) -> str:
 # Of each kind: its attention, the paper, and what is learned.
 _WORDS = {
     "multipole": ("fast multipole attention", "2310.11960", "learned summaries"),
+    "multipole_linear": ("fast multipole attention in its O(n) form", "2310.11960", "learned summaries"),
     "tensor": ("tensor attention", "2310.04064", "tensor branches"),
 }
 
 
 def card(args, class_name: str, text: str) -> ModelCard:
     what, paper, learned = _WORDS[args.kind]
-    data = ModelCardData(library_name="transformers", tags=[what.replace(" ", "-"), "hf_multipole"])
+    tag = "tensor-attention" if args.kind == "tensor" else "fast-multipole-attention"
+    data = ModelCardData(library_name="transformers", tags=[tag, "hf_multipole"])
     return ModelCard(
         f"""---
 {data.to_yaml()}

@@ -44,6 +44,7 @@ class Case:
     bias_levels: int = 0  # columns of far_bias; 0 for none
     softcap: float | None = None
     far_keys: bool = False
+    downsample: bool = False  # the O(n) form; with learned summaries of the queries where it is bidirectional and others are learned
     padding: tuple[tuple[int, int], ...] | None = None  # left and right of each row
     cuts: tuple[int, ...] | None = None  # first tokens of the documents of packed rows, beside 0
     dtype: torch.dtype = torch.float64
@@ -154,14 +155,17 @@ def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | No
         causal=case.causal,
         size_weighting=case.size_weighting,
         softcap=case.softcap,
+        downsample_queries=case.downsample,
         attention_mask=None if mask is None else mask.to(device),
         segment_ids=None if segments is None else segments.to(device),
     )
-    for name, width in (("key_summary", case.dim), ("value_summary", case.value_dim)):
+    parts = [("key_summary", case.dim, case.kv_heads), ("value_summary", case.value_dim, case.kv_heads)]
+    parts += [("query_summary", case.dim, heads)] if case.downsample and not case.causal else []
+    for name, width, own in parts:
         if case.summary != "mean":
             kind = {"direct": DirectSummary, "hierarchical": HierarchicalSummary}[case.summary]
             lengths = (case.n,) if case.summary == "direct" else ()
-            options[name] = kind(case.block_size, case.rank, case.kv_heads, width, *lengths).to(device, of_weights(dtype))
+            options[name] = kind(case.block_size, case.rank, own, width, *lengths).to(device, of_weights(dtype))
             for parameter, weight in options[name].named_parameters():
                 with torch.no_grad():
                     weight.copy_(leaf(weight.detach().double().cpu() + 0.3 * normal(*weight.shape), of_weights))
@@ -309,6 +313,19 @@ def exact_when_keys_are_constant(attention, case: Case, device="cpu") -> None:
     assert_within(call(attention), dense_attention(call), bound, "attention to piecewise constant keys", case)
 
 
+def as_without_downsampling(attention, case: Case, device="cpu") -> None:
+    """Queries constant within every segment: those of the far field are the tokens' own."""
+    call = make(replace(case, downsample=True, summary="mean", padding=None, cuts=None, queries=None), device=device)
+    widest = case.block_size // case.rank << max(0, level_count(case.n, case.block_size) - 1)
+    with torch.no_grad():
+        q = call.leaves["q"]
+        q.copy_(q[:, :, torch.arange(case.n, device=q.device) // widest * widest])
+    actual = call(attention)
+    call.options["downsample_queries"] = False
+    bound = 1e-10 if case.dtype == torch.float64 else 2 * _rounding(case, call)
+    assert_within(actual, call(attention), bound, "attention of piecewise constant queries", case)
+
+
 def _rounding(case: Case, call: Call) -> float:
     # The tensors are the rounded ones already: what remains is the output's rounding and that of the weights and sums.
     eps, size = torch.finfo(case.dtype).eps, call.leaves["v"].abs().max().item()
@@ -333,7 +350,7 @@ def padding_does_not_matter(attention, case: Case, device="cpu") -> None:
         if isinstance(options.get("key_summary"), DirectSummary):
             # Levels that only the padded row has room for: never used, but asked for.
             longer = make(replace(case, n=case.n + left + right), device=device)
-            for name in ("key_summary", "value_summary"):
+            for name in [name for name in options if name.endswith("_summary")]:
                 options[name] = longer.options[name]
                 for parameter, weight in options[name].named_parameters():
                     if f"{name}.{parameter}" in leaves:

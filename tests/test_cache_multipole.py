@@ -18,6 +18,7 @@ from hf_multipole.modeling.state_multipole import MultipoleState
 
 KINDS = [{"summary": "hierarchical"}, {"summary": "mean"}, {"summary": "direct"}, {"rotate_summaries": True}]
 KINDS += [{"summary": "direct", "rotate_summaries": True}]
+KINDS += [{"layer_types": ["multipole_linear_attention"] * 2, "summary": kind} for kind in ("hierarchical", "direct")]
 FULL_FIRST = HYBRID[1:]
 
 
@@ -390,7 +391,7 @@ def test_an_offloaded_cache():
     torch.testing.assert_close(model.generate(tokens(), past_key_values=cache, **options), plain)
 
 
-@pytest.mark.parametrize("kind", [{}, {"rotate_summaries": True}, {"summary": "direct"}, {"layer_types": FULL_FIRST}])
+@pytest.mark.parametrize("kind", [{}, {"rotate_summaries": True}, {"summary": "direct"}, {"layer_types": FULL_FIRST}, KINDS[-1]])
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_steps_are_not_compiled_again(masked, kind):
     """The shapes of the state are fixed: after the first steps, nothing is compiled again as the text grows."""
@@ -410,7 +411,7 @@ def test_compiled_steps_are_not_compiled_again(masked, kind):
     logits, _ = run(model, ids, [1] * 110, mask, second)
     torch.testing.assert_close(logits, full[:, 40:], **CLOSE)
     # Full attention sees ever more keys: compiled once more, for any number of them.
-    assert 0 < before <= counter.frame_count <= before + ("layer_types" in kind)
+    assert 0 < before <= counter.frame_count <= before + ("full_attention" in kind.get("layer_types", ()))
     with pytest.raises(ValueError, match="position_ids go backwards"), torch.no_grad():
         model(ids[:, :1], past_key_values=second, position_ids=torch.tensor([[3], [3]]))
     torch._dynamo.reset()

@@ -127,6 +127,7 @@ def test_options(ids, tmp_path):
     """What is given goes before what the configuration had, and all of it is saved."""
     model = convert(build(DECODERS["llama"]), layers=[1], rank=4, size_weighting=False, far_bias_init=-3.0)
     expected = {"block_size": BLOCK, "rank": 4, "summary": "hierarchical", "size_weighting": False, "far_bias_init": -3.0, "layers": [1]}
+    expected |= {"downsample_queries": False}
     assert model.config.multipole == expected
     assert [hasattr(layer.self_attn, "far_field") for layer in model.model.layers] == [False, True]
     assert (model.model.layers[1].self_attn.far_field.far_bias == -3).all()
@@ -378,14 +379,16 @@ def test_caches_of_other_layers_and_models(ids):
         every(ids, past_key_values=MultipoleCache(config=every.config), output_attentions=True)
     cache = MultipoleCache(config=every.config)
     every.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="attn_implementation='multipole', but this one runs with 'sdpa'; use a DynamicCache"):
+    with pytest.raises(
+        ValueError, match="attn_implementation='multipole' or 'multipole_linear', but this one runs with 'sdpa'; use a DynamicCache"
+    ):
         every(ids, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: build(DECODERS["llama"]), {"kind": "linear"}, "kind is 'linear', but must be 'multipole' or 'tensor'"),
+        (lambda: build(DECODERS["llama"]), {"kind": "linear"}, "kind is 'linear', but must be 'multipole' or 'multipole_linear' or"),
         (lambda: nn.Linear(2, 2), {}, "takes a model of Transformers, but this is a Linear"),
         (lambda: MultipoleForCausalLM(MultipoleConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)), {}, "has multipole"),
         (

@@ -37,6 +37,7 @@ def losses():
     return {
         "hierarchical": trained_loss(far_bias_init=0.0),
         "direct": trained_loss(far_bias_init=0.0, summary="direct"),
+        "linear": trained_loss(far_bias_init=0.0, layer_types=["multipole_linear_attention"]),
         "mean": trained_loss(far_bias_init=0.0, summary="mean"),
         "near": trained_loss(far_bias_init=-10000.0),
     }
@@ -50,6 +51,6 @@ def test_means_know_how_often(losses):
     assert losses["mean"] < losses["near"] - 0.1
 
 
-@pytest.mark.parametrize("summary", ["hierarchical", "direct"])
-def test_learned_summaries_know_which(losses, summary):
-    assert losses[summary] < losses["mean"] / 2
+@pytest.mark.parametrize("kind", ["hierarchical", "direct", "linear"])
+def test_learned_summaries_know_which(losses, kind):
+    assert losses[kind] < losses["mean"] / 2

@@ -98,7 +98,7 @@ import hf_multipole
 logits_after, after = state()
 assert torch.equal(logits, logits_after) and before == after
 for kind, mapping in registries().items():
-    assert set(mapping) - set(registered[kind]) == {"multipole", "tensor"}
+    assert set(mapping) - set(registered[kind]) == {"multipole", "multipole_linear", "tensor"}
     assert all(mapping[name] is function for name, function in registered[kind].items())
 print("untouched")
 """

@@ -25,8 +25,8 @@ from ..modeling.tensor_branch import TensorBranch
 
 logger = logging.get_logger(__name__)
 
-# What a model can be converted to, and what its attention modules get for it.
-KINDS = {"multipole": "far_field", "tensor": "tensor_branch"}
+# What a model can be converted to, O(n log n) or O(n) multipole attention or a tensor branch, and what its attention modules get for it.
+KINDS = {"multipole": "far_field", "multipole_linear": "far_field", "tensor": "tensor_branch"}
 
 # Classes of attention modules that can be converted: one row (query, key, value) through the attention interface, heads and
 # head_dim those of the configuration. scripts/support_table.py runs each of them.
@@ -83,11 +83,12 @@ def _complete(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Called for every module that is put into another one."""
     if type(module).__name__ in ATTENTION_CLASSES and _is_stock(module) and not _is_converted(module):
         _give_part(module)
-        kind = _kind_of(module.config)
-        if _is_converted(module) and module.config._attn_implementation != kind:
+        kind, runs = _kind_of(module.config), module.config._attn_implementation
+        # Learned summaries serve both forms of multipole attention.
+        if _is_converted(module) and KINDS.get(runs) != KINDS[kind]:
             learned = "tensor branches" if kind == "tensor" else "learned summaries"
             logger.warning_once(
-                f"the model was converted to {kind} attention, but runs with {module.config._attn_implementation!r}, without its "
+                f"the model was converted to {kind} attention, but runs with {runs!r}, without its "
                 f"{learned}: pass attn_implementation={kind!r} if this was not your choice"
             )
 
@@ -98,7 +99,9 @@ def _is_converted(module: nn.Module) -> bool:
 
 def _kind_of(config) -> str:
     """What a configuration says that its model was converted to."""
-    return "tensor" if has_tensor_options(config) else "multipole"
+    if has_tensor_options(config):
+        return "tensor"
+    return "multipole_linear" if attention_options(config)["downsample_queries"] else "multipole"
 
 
 def _is_stock(module: nn.Module) -> bool:
@@ -154,7 +157,8 @@ def _give_part(module: nn.Module) -> None:
             raise ValueError(
                 f"summary='direct' needs config.max_position_embeddings, which {type(config).__name__} has not; use 'hierarchical'"
             )
-        part = FarField(options, heads, kv_heads, head_dim, length or 1)
+        queries = options["downsample_queries"] and not getattr(module, "is_causal", True)
+        part = FarField(options, heads, kv_heads, head_dim, length or 1, queries)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     setattr(module, KINDS[kind], part.to(like.device, like.dtype))
 
@@ -183,9 +187,9 @@ def convert(
 ) -> PreTrainedModel:
     """Gives a stock model another attention, with parts to learn, in place, and returns it.
 
-    "multipole" puts multipole attention with learned summaries in the place of exact attention. The summaries start as means and the
-    far bias at ``far_bias_init``, so that the model first computes what ``attn_implementation="multipole"`` does without learned
-    parts.
+    "multipole" puts multipole attention with learned summaries in the place of exact attention; "multipole_linear" its O(n) form, in
+    which tokens of a segment share their far field. The summaries start as means and the far bias at ``far_bias_init``, so that the
+    model first computes what ``attn_implementation="multipole"`` (or ``"multipole_linear"``) does without learned parts.
 
     "tensor" adds to exact attention, for each head, a gated branch of tensor attention on the same queries, keys and values
     (:class:`TensorBranch`). The gates start at 0, so that the model first computes what it did with ``attn_implementation="sdpa"``, to
@@ -194,12 +198,12 @@ def convert(
     ``n ** (tensor_order - 1)``.
 
     The parts are trained, saved and loaded with the model (``AutoModel...from_pretrained``, after ``import hf_multipole``). A model is
-    converted to one of the two.
+    converted to one of them.
 
     Args:
         model: a model of Transformers, on any device. (The language model inside of another model can be converted, too, but the
             whole is then loaded with attn_implementation={"text_config": "multipole"}, or how it calls that part.)
-        kind: "multipole" or "tensor".
+        kind: "multipole", "multipole_linear" or "tensor".
         layers: numbers of the layers that are converted, from 0; all by default. Others, and those with a sliding window, stay
             exact.
         block_size, rank, size_weighting: see :func:`multipole_attention`; by default those of ``config.multipole``, or 64, 4
@@ -230,6 +234,8 @@ def convert(
     defaults = TENSOR_OPTIONS if kind == "tensor" else STOCK_OPTIONS
     given = {name: value for name, value in given.items() if value is not None or name == "far_bias_init"}
     given |= {"layers": _numbers(layers)} | ({"tensor_window": list(tensor_window)} if isinstance(tensor_window, tuple) else {})
+    if kind != "tensor":
+        given["downsample_queries"] = kind == "multipole_linear"
     before = [getattr(config, "multipole", None) for config in configs]
     try:
         for config, options in zip(configs, before):

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..modeling.attention_functions import exact_attention, multipole_attention_forward
+from ..modeling.attention_functions import exact_attention
 from ..modeling.attention_masks import MultipoleMask, multipole_mask
 from .conversion import attention_modules, is_chosen
 
@@ -31,27 +31,31 @@ def with_attention(model: PreTrainedModel, implementation: str, options: dict | 
 
 
 @torch.no_grad()
-def layer_errors(model: PreTrainedModel, input_ids: torch.Tensor, settings: Sequence[dict]) -> list[dict[str, float]]:
+def layer_errors(
+    model: PreTrainedModel, input_ids: torch.Tensor, settings: Sequence[dict], implementation: str = "multipole"
+) -> list[dict[str, float]]:
     """Relative errors of the attention output of each layer, for each of the ``settings`` (options of ``config.multipole``).
 
     The model runs with exact attention; beside it, multipole attention with means is computed from the same queries, keys and values.
     The error is the norm of the difference over the norm of the exact output, over all tokens and heads.
 
-    model: a stock model that was not converted. input_ids: ``(batch, n)``, without padding.
+    model: a stock model that was not converted. input_ids: ``(batch, n)``, without padding. implementation: "multipole" or
+    "multipole_linear".
     Returns, for each of the settings, the error of each attention module by its name.
     """
     names = {id(module): name for name, module in attention_modules(model).items() if is_chosen(module)}
     errors: list[dict[str, float]] = [{} for _ in settings]
+    approximate = AttentionInterface()[implementation]
 
     def attend(module, query, key, value, mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
         if not isinstance(mask, MultipoleMask):
-            return multipole_attention_forward(module, query, key, value, mask, dropout, scaling, softcap, **kwargs)
+            return approximate(module, query, key, value, mask, dropout, scaling, softcap, **kwargs)
         exact, _ = exact_attention(query, key, value, mask.pairs(query.device), mask.causal, 0.0, scaling, softcap, False)
         before = module.config.multipole
         try:
             for options, found in zip(settings, errors):
                 module.config.multipole = options
-                out, _ = multipole_attention_forward(module, query, key, value, mask, 0.0, scaling, softcap, **kwargs)
+                out, _ = approximate(module, query, key, value, mask, 0.0, scaling, softcap, **kwargs)
                 found[names[id(module)]] = ((out - exact).norm() / exact.norm()).item()
         finally:
             module.config.multipole = before

@@ -27,7 +27,7 @@ _UNSUPPORTED = {
 
 
 @torch.compiler.disable
-def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, rotary) -> torch.Tensor:
+def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, rotary, downsample_queries) -> torch.Tensor:
     """Attention on the state of a cache layer."""
     length = layer.get_seq_length()
     if mask.length != length + q.shape[2]:
@@ -35,7 +35,7 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
     if layer.state is not None:
         mask.check_past(layer.state)
     options = _options(module, q, softcap, scale) | {"max_length": getattr(module.config, "max_position_embeddings", 1)}
-    return layer.attend(q, k, v, mask.new_tokens, rotary=rotary, **options)
+    return layer.attend(q, k, v, mask.new_tokens, rotary=rotary, downsample_queries=downsample_queries, **options)
 
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::attend_state", mutates_args=("layer",))
@@ -50,6 +50,7 @@ def attend_state(
     layer: torch.Tensor,
     module: int,
     rotary: int | None,
+    downsample_queries: bool,
 ) -> torch.Tensor:
     """Attention on a state from within compiled code, which names the cache layer, the attention module and the model that
     rotates its summaries by their numbers. That the layer changes is said of the tensor that holds its number.
@@ -62,7 +63,7 @@ def attend_state(
     block_size = attention.config.block_size
     mask = MultipoleMask(True, len(q), q.shape[2], length, block_size, attention_mask, None, position_ids)
     rotary = None if rotary is None else numbered(rotary).rotate_at
-    return _attend_past(attention, state_layer, q, k, v, mask, softcap, scale, rotary).contiguous()
+    return _attend_past(attention, state_layer, q, k, v, mask, softcap, scale, rotary, downsample_queries).contiguous()
 
 
 @attend_state.register_fake
@@ -173,6 +174,7 @@ def multipole_attention_forward(
     key_summary=None,
     output_attentions: bool | None = False,
     rotary=None,
+    downsample_queries: bool = False,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function of "multipole": see :func:`multipole_attention`; learned parts are in ``module.far_field``.
@@ -218,9 +220,9 @@ def multipole_attention_forward(
         if attention_mask.length is None:
             mask = attention_mask
             numbers = (past.number, module.number, None if rotary is None else rotary.__self__.number)
-            out = attend_state(query, tokens, value, mask.attention_mask, mask.position_ids, softcap, scaling, *numbers)
+            out = attend_state(query, tokens, value, mask.attention_mask, mask.position_ids, softcap, scaling, *numbers, downsample_queries)
         else:
-            out = _attend_past(module, past, query, tokens, value, attention_mask, softcap, scaling, rotary)
+            out = _attend_past(module, past, query, tokens, value, attention_mask, softcap, scaling, rotary, downsample_queries)
         return out.transpose(1, 2).contiguous(), None
     out, weights = aligned_attention(
         query,
@@ -229,6 +231,8 @@ def multipole_attention_forward(
         attention_mask.alignment,
         far_keys=far_keys,
         causal=attention_mask.causal,
+        query_summary=getattr(getattr(module, "far_field", None), "query_summary", None),
+        downsample_queries=downsample_queries,
         dropout_p=dropout,
         return_weights=bool(output_attentions),
         **_options(module, query, softcap, scaling, key_summary),
@@ -236,6 +240,11 @@ def multipole_attention_forward(
     if torch.is_grad_enabled() and hasattr(module, "far_field"):
         out = module.far_field.keep_in_graph(out, level_count(attention_mask.length, attention_mask.block_size))
     return out.transpose(1, 2).contiguous(), weights
+
+
+def multipole_linear_attention_forward(module: torch.nn.Module, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attention function of "multipole_linear", the O(n) form of "multipole": see there."""
+    return multipole_attention_forward(module, *args, downsample_queries=True, **kwargs)
 
 
 _NOT_TENSOR = (
@@ -348,12 +357,16 @@ def tensor_attention_forward(
 
 
 def register() -> None:
-    """Makes "multipole" and "tensor" known to Transformers. Doing it again changes nothing: this file may also be loaded from a
+    """Makes the attention functions known to Transformers. Doing it again changes nothing: this file may also be loaded from a
     checkpoint, and masks must come from the same copy of it as the attention function, for models that are already there too.
 
     Raises ValueError where another package has taken a name.
     """
-    functions = {"multipole": (multipole_attention_forward, multipole_mask), "tensor": (tensor_attention_forward, tensor_mask)}
+    functions = {
+        "multipole": (multipole_attention_forward, multipole_mask),
+        "multipole_linear": (multipole_linear_attention_forward, multipole_mask),
+        "tensor": (tensor_attention_forward, tensor_mask),
+    }
     for name, (attention, mask) in functions.items():
         there = AttentionInterface().get(name)
         if there is None:

@@ -19,11 +19,14 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_multipole import attention_options
 from .hierarchy import check_rows, level_count
+from .state_linear import LinearState
 from .state_multipole import MultipoleState
 from .summaries import DirectSummary, MeanSummary
 
 # Tokens that can be taken back (assisted decoding), rounded up to whole blocks.
 ROLLBACK = 64
+# Attention implementations whose full-attention layers keep a state in stock models.
+STATE_IMPLEMENTATIONS = ("multipole", "multipole_linear")
 OUT_OF_STEP = "the layers of the cache have seen different numbers of tokens: an earlier call was interrupted; use a new cache"
 NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
 _FORMAT = "hf_multipole state 1"
@@ -102,10 +105,10 @@ class _StateLayer:
 
     def update(self, key_states, value_states, *args, state: bool = False, **kwargs):
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
-        if self.always and self.config._attn_implementation != "multipole":
+        if self.always and self.config._attn_implementation not in STATE_IMPLEMENTATIONS:
             raise ValueError(
-                "a MultipoleCache belongs to models that run with attn_implementation='multipole', but this one runs with "
-                f"{self.config._attn_implementation!r}; use a DynamicCache"
+                "a MultipoleCache belongs to models that run with attn_implementation='multipole' or 'multipole_linear', but this one "
+                f"runs with {self.config._attn_implementation!r}; use a DynamicCache"
             )
         if state or self.always:
             return PastTokens(self, key_states), value_states
@@ -122,20 +125,25 @@ class _StateLayer:
                 "output_attentions need a cache of their own, used from the first token"
             )
 
-    def check_model(self, block_size: int, rank: int, direct: bool) -> None:
+    def check_model(self, block_size: int, rank: int, direct: bool, linear: bool) -> None:
         """Raises ValueError where the state is that of another kind of attention."""
         state = self.state
-        if state is not None and (state.block_size, state.rank, state.direct) != (block_size, rank, direct):
-            raise ValueError("the cache was filled by another model: its block_size, rank or kind of summary differ; use a new cache")
+        if state is not None and (state.block_size, state.rank, state.direct, state.linear) != (block_size, rank, direct, linear):
+            raise ValueError(
+                "the cache was filled by another model: its block_size, rank, kind of summary or kind of layer differ; use a new cache"
+            )
 
-    def attend(self, q, k, v, new, *, block_size, rank, key_summary, value_summary, max_length, rotary, **options) -> torch.Tensor:
+    def attend(
+        self, q, k, v, new, *, block_size, rank, key_summary, value_summary, max_length, rotary, downsample_queries, **options
+    ) -> torch.Tensor:
         """:meth:`MultipoleState.attend`, after making the state where there is none yet."""
         direct = isinstance(key_summary, DirectSummary)
-        self.check_model(block_size, rank, direct)
+        self.check_model(block_size, rank, direct, downsample_queries)
         state = self.state
         if state is None:
             levels = max(0 if direct else 1, level_count(max_length, block_size))
-            state = MultipoleState(k, v, block_size, rank, levels, self.rollback, direct, rotary is not None)
+            arguments = (k, v, block_size, rank, levels, self.rollback, direct, rotary is not None)
+            state = LinearState(q, *arguments) if downsample_queries else MultipoleState(*arguments)
         means = MeanSummary(block_size, rank)
         summaries = {"key_summary": key_summary or means, "value_summary": value_summary or means}
         out = state.attend(q, k, v, new, rotary=rotary, **summaries, **options)
@@ -196,6 +204,12 @@ class MultipoleLayer(_StateLayer, DynamicLayer):
     _layer_type = "multipole_attention"
 
 
+class MultipoleLinearLayer(MultipoleLayer):
+    """That of the O(n) form."""
+
+    _layer_type = "multipole_linear_attention"
+
+
 class MultipoleStaticLayer(StaticLayer):
     """Says what to use: the state has a fixed size anyway."""
 
@@ -206,6 +220,10 @@ class MultipoleStaticLayer(StaticLayer):
             "multipole attention needs no static cache: the state that generate makes by itself has the same size at every length. "
             "Leave out cache_implementation='static'; torch.compile(model.forward) works with it"
         )
+
+
+class MultipoleLinearStaticLayer(MultipoleStaticLayer):
+    _layer_type = "multipole_linear_attention"
 
 
 @torch.compiler.disable
@@ -246,7 +264,8 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
             raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
         if mask is None:
             layer.check_exact()
-        layer.check_model(config.block_size, config.rank, isinstance(attention.far_field.key_summary, DirectSummary))
+        direct, linear = isinstance(attention.far_field.key_summary, DirectSummary), attention.layer_type == "multipole_linear_attention"
+        layer.check_model(config.block_size, config.rank, direct, linear)
         dim, dtype = config.head_dim, attention.k_proj.weight.dtype
         if torch.is_autocast_enabled(model.device.type):
             dtype = torch.get_autocast_dtype(model.device.type)
@@ -284,7 +303,8 @@ def fingerprint(model: nn.Module) -> str:
 
 class MultipoleCache(DynamicCache):
     """The generation state of a whole model, as ``generate(past_key_values=...)`` takes it. Multipole layers keep a state, and so do
-    the full-attention layers of a stock model that runs with ``attn_implementation="multipole"``; all others keep what they do.
+    the full-attention layers of a stock model that runs with ``attn_implementation="multipole"`` or ``"multipole_linear"``; all others
+    keep what they do.
 
     config: the model's configuration. rollback: tokens that can be taken back (``crop``, assisted decoding), rounded up to whole
     blocks. A cache belongs to the first model that it is used with.
@@ -306,7 +326,7 @@ class MultipoleCache(DynamicCache):
         super().__init__(config=config)
         self._model = None
         config = config.get_text_config(decoder=True)
-        if config.model_type != "multipole" and config._attn_implementation == "multipole":
+        if config.model_type != "multipole" and config._attn_implementation in STATE_IMPLEMENTATIONS:
             chosen = attention_options(config)["layers"]
             for i, layer in enumerate(self.layers):
                 # Layers with a window, recurrent ones and those that were left exact keep what they keep.
@@ -414,7 +434,8 @@ class MultipoleCache(DynamicCache):
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = description["seen"]
             else:
-                layer.state, layer.is_initialized = MultipoleState.restored(description, own), True
+                kind = LinearState if "far" in own else MultipoleState
+                layer.state, layer.is_initialized = kind.restored(description, own), True
                 layer.rollback = layer.state.spare * layer.state.block_size
         return cache
 

@@ -12,14 +12,17 @@ from .multipole_attention import check_sizes
 from .polynomial_attention import TOLERANCE, approximate
 from .tensor_attention import check_options
 
-LAYER_TYPES = ("multipole_attention", "full_attention", "tensor_attention")
+MULTIPOLE_LAYERS = ("multipole_attention", "multipole_linear_attention")
+LAYER_TYPES = (*MULTIPOLE_LAYERS, "full_attention", "tensor_attention")
 # Trainer reads a checkpoint's config.json with the base class, which knows the kinds in these lists only.
 for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     _known = getattr(configuration_utils, _names, ())
     setattr(configuration_utils, _names, _known + tuple(kind for kind in LAYER_TYPES if kind not in _known))
 SUMMARIES = ("hierarchical", "direct", "mean")
 # Options of ``config.multipole`` on models of other kinds, and their defaults: means of groups, in all layers without a window.
+# downsample_queries: what convert notes for "multipole_linear", of which there may be learned summaries of queries.
 STOCK_OPTIONS = {"block_size": 64, "rank": 4, "summary": "mean", "size_weighting": True, "far_bias_init": None, "layers": None}
+STOCK_OPTIONS |= {"downsample_queries": False}
 # Those of tensor attention, which have the same names in both; one of them in ``config.multipole`` asks for a tensor branch.
 TENSOR_OPTIONS = {
     "tensor_order": 3,
@@ -51,8 +54,9 @@ def attention_options(config: PreTrainedConfig) -> dict:
     check_sizes(options["block_size"], options["rank"])
     if options["summary"] not in SUMMARIES:
         raise ValueError(f"summary is {options['summary']!r}, but must be one of {', '.join(map(repr, SUMMARIES))}")
-    if not isinstance(options["size_weighting"], bool):
-        raise ValueError(f"size_weighting is {options['size_weighting']!r}, but must be true or false")
+    for name in ("size_weighting", "downsample_queries"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} is {options[name]!r}, but must be true or false")
     bias = options["far_bias_init"]
     if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias)):
         raise ValueError(f"far_bias_init is {bias!r}, but must be a finite number, or None for no bias")
@@ -135,8 +139,9 @@ class MultipoleConfig(PreTrainedConfig):
 
     Args:
         is_causal: True for a decoder; False for an encoder, in which every token sees both sides.
-        layer_types: kind of attention of each layer, "multipole_attention", "tensor_attention" or "full_attention"; all multipole by
-            default. ``["multipole_attention"] * 3 + ["tensor_attention"]``, repeated, makes every fourth one a tensor layer.
+        layer_types: kind of attention of each layer, "multipole_attention" (O(n log n)), "multipole_linear_attention" (O(n): tokens of
+            a segment share their far field), "tensor_attention" or "full_attention"; all "multipole_attention" by default.
+            ``["multipole_attention"] * 3 + ["tensor_attention"]``, repeated, makes every fourth one a tensor layer.
         block_size: tokens in a block of the exact near field, and in a group of the first level.
         rank: summaries of each far group; divides block_size.
         summary: how groups are summarised: "hierarchical" (learned, any length), "direct" (learned for each level, as in the
@@ -145,7 +150,7 @@ class MultipoleConfig(PreTrainedConfig):
         far_bias_init: start of the learned bias of the far logits, one for each head and level; None for no bias. Well below 0,
             the far field does not drown the near one before its summaries mean something.
         rotate_summaries: keys are summarised before the rotary embedding, and each summary is rotated at its segment's centre.
-            Otherwise the rotated keys are summarised.
+            Otherwise the rotated keys are summarised. Queries are summarised after their rotation in any case.
         tensor_order: tokens that a score of a tensor layer joins, the query among them: 3 for pairs of keys, 2 for ordinary attention.
         tensor_method: "exact" or "polynomial" (O(n), for bounded entries; see :func:`tensor_attention`).
         tensor_window: for each of the ``tensor_order - 1`` indices, how many tokens it may take, or None for all; for the exact

@@ -28,31 +28,36 @@ class FarField(LearnedPart):
     """The learned parts of a layer, the attribute ``far_field`` of its attention module.
 
     options: as from :func:`attention_options`. max_length: tokens that direct summaries are made for, and that the levels of the far
-    bias are counted from (the last one serves all further levels).
+    bias are counted from (the last one serves all further levels). queries: whether queries are summarised, too (bidirectional O(n)).
     """
 
-    def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int):
+    def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int, queries: bool = False):
         super().__init__()
         self.far_bias_init = options["far_bias_init"]
         block_size, rank = options["block_size"], options["rank"]
 
-        def summary() -> nn.Module:
+        def summary(heads: int) -> nn.Module:
             if options["summary"] == "mean":
                 return MeanSummary(block_size, rank)
             if options["summary"] == "direct":
-                return DirectSummary(block_size, rank, kv_heads, head_dim, max_length)
-            return HierarchicalSummary(block_size, rank, kv_heads, head_dim)
+                return DirectSummary(block_size, rank, heads, head_dim, max_length)
+            return HierarchicalSummary(block_size, rank, heads, head_dim)
 
-        self.key_summary, self.value_summary = summary(), summary()
+        self.key_summary, self.value_summary = summary(kv_heads), summary(kv_heads)
+        self.query_summary = summary(heads) if queries else None
         self.far_bias = None
         if self.far_bias_init is not None:
             self.far_bias = nn.Parameter(torch.empty(heads, max(1, level_count(max_length, block_size))))
         self.reset_parameters()
 
+    @property
+    def summaries(self) -> list[nn.Module]:
+        return [x for x in (self.key_summary, self.value_summary, self.query_summary) if x is not None]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Means, and ``far_bias_init``; parameters that were loaded from a checkpoint stay."""
-        for summary in (self.key_summary, self.value_summary):
+        for summary in self.summaries:
             for weight in summary.parameters():
                 init.copy_(weight, summary.start(weight))
         if self.far_bias is not None:
@@ -67,7 +72,7 @@ class FarField(LearnedPart):
         then have gradients for all parameters, whatever the lengths of their rows.
         """
         used = [self.far_bias] if levels else []
-        for summary in (self.key_summary, self.value_summary):
+        for summary in self.summaries:
             if isinstance(summary, DirectSummary):
                 used += summary.levels[:levels]
             elif isinstance(summary, HierarchicalSummary):

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_functions import seen
 from .attention_masks import MultipoleMask
 from .cache_multipole import check_cache, compiled_state, keeps_state, take_number
-from .configuration_multipole import MultipoleConfig, attention_options
+from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig, attention_options
 from .far_field import FarField
 from .hierarchy import level_count
 from .modeling_tensor import TensorAttention
@@ -119,9 +119,11 @@ def layer_implementation(config: MultipoleConfig, layer_type: str, output_attent
     layer stays one.
     """
     implementation = config._attn_implementation
+    if layer_type in MULTIPOLE_LAYERS and implementation in ("multipole", "multipole_linear"):
+        return "multipole" if layer_type == "multipole_attention" else "multipole_linear"
     if layer_type == "tensor_attention":
         return "tensor"
-    if layer_type == "full_attention" and implementation in ("multipole", "tensor"):
+    if layer_type == "full_attention" and implementation in ("multipole", "multipole_linear", "tensor"):
         implementation = "sdpa"
     # The same attention, but with its weights.
     return "eager" if output_attentions and implementation == "sdpa" else implementation
@@ -144,9 +146,9 @@ class MultipoleAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
-        if self.layer_type == "multipole_attention":
-            options = attention_options(config)
-            self.far_field = FarField(options, heads, kv_heads, config.head_dim, config.max_position_embeddings)
+        if self.layer_type in MULTIPOLE_LAYERS:
+            options, queries = attention_options(config), self.layer_type == "multipole_linear_attention" and not config.is_causal
+            self.far_field = FarField(options, heads, kv_heads, config.head_dim, config.max_position_embeddings, queries)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -168,8 +170,9 @@ class MultipoleAttention(nn.Module):
         cos, sin = (x.unsqueeze(1) for x in position_embeddings)
         query, plain, key = rotate(query, cos, sin), key, rotate(key, cos, sin)
 
-        unrotated = implementation == "multipole" and self.config.rotate_summaries
-        state = implementation == "multipole" and keeps_state(past_key_values, self.layer_idx, kwargs.get("output_attentions"))
+        multipole = implementation in ("multipole", "multipole_linear")
+        unrotated = multipole and self.config.rotate_summaries
+        state = multipole and keeps_state(past_key_values, self.layer_idx, kwargs.get("output_attentions"))
         if past_key_values is not None:
             # Keys without positions are kept beside the rotated ones where summaries are made of them.
             key = torch.cat([key, plain], -1) if unrotated else key
@@ -295,15 +298,19 @@ class MultipoleModel(MultipolePreTrainedModel):
         kinds = {layer_implementation(self.config, kind, output_attentions) for kind in self.config.layer_types}
         length = None if compiled is not None else past + queries
         masks = {
-            kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length) for kind in kinds
+            kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length)
+            for kind in {"multipole" if kind == "multipole_linear" else kind for kind in kinds}
         }
+        if "multipole" in masks:
+            masks["multipole_linear"] = masks["multipole"]
         if past_key_values is not None and compiled is None:
             mask = None if output_attentions else masks.get("multipole")
             attentions = [layer.self_attn for layer in self.layers]
             check_cache(past_key_values, self, attentions, mask, masks.get("tensor"), attention_mask)
         centres = None
-        if "multipole" in kinds and self.config.rotate_summaries:
-            if not keeps_state(past_key_values, self.config.layer_types.index("multipole_attention"), output_attentions):
+        if "multipole" in masks and self.config.rotate_summaries:
+            layer = next(i for i, kind in enumerate(self.config.layer_types) if kind in MULTIPOLE_LAYERS)
+            if not keeps_state(past_key_values, layer, output_attentions):
                 centres = self._centres(inputs_embeds, position_ids, masks["multipole"])
 
         hidden_states = inputs_embeds

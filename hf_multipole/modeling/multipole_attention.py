@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .hierarchy import Alignment, align_rows, block_of, check_rows, far_columns, level_count, near_offsets
+from .multipole_linear import far_results, first_queries, segment_attention
 from .multipole_torch import block_attention, block_weights
 from .summaries import MeanSummary, compute_dtype
 
@@ -52,10 +53,9 @@ def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_hea
     return row, bias
 
 
-def _summarise(summary, tokens, validity, levels):
-    """The tokens for further use, and, all levels side by side, their summaries ``(batch, heads, summaries, dim)`` and counts."""
-    tokens, summaries, counts = summary(tokens, validity, levels, everything=True)
-    return tokens, *(x if x is None else torch.cat([level.flatten(2, 3) for level in x], 2) for x in (summaries, counts))
+def _side_by_side(levels: list[torch.Tensor] | None) -> torch.Tensor | None:
+    """``(batch, heads, groups, rank, ...)`` a level to ``(batch, heads, summaries, ...)``."""
+    return None if levels is None else torch.cat([x.flatten(2, 3) for x in levels], 2)
 
 
 def aligned_attention(
@@ -68,11 +68,13 @@ def aligned_attention(
     rank: int,
     key_summary=None,
     value_summary=None,
+    query_summary=None,
     far_keys=None,
     causal: bool = True,
     size_weighting: bool = True,
     far_bias=None,
     softcap: float | None = None,
+    downsample_queries: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
@@ -86,6 +88,13 @@ def aligned_attention(
     batch, heads, queries, dim = q.shape
     kv_heads, n = k.shape[1:3]
     repeats = heads // kv_heads
+    if downsample_queries and queries < n:
+        raise ValueError(
+            f"downsample_queries needs the queries of all {n} tokens, but q has {queries}: those before them are not in a cache of keys "
+            "and values; for generation use a MultipoleCache, which keeps what came of them"
+        )
+    if downsample_queries and return_weights:
+        raise ValueError("output_attentions is not supported with downsample_queries, where tokens share their far field; leave it out")
     if block_of(n, block_size) != block_size:
         # One block that holds the row: exact attention.
         block_size, rank, key_summary, value_summary = n, 1, None, None
@@ -103,11 +112,9 @@ def aligned_attention(
 
     # A document has no more levels than a row of n tokens, though a packed grid is longer.
     levels = min(level_count(n, block_size), level_count(slots, block_size))
-    columns = far_columns(slots, block_size, levels, causal, first, q.device)
+    far_k, far_v = ([x.new_zeros(batch, kv_heads, 0, rank, x.shape[-1], dtype=dtype)] for x in (k, v))
     counts = None
-    if levels == 0:
-        far_k, far_v = (x.new_zeros(batch, kv_heads, 0, x.shape[-1], dtype=dtype) for x in (k, v))
-    else:
+    if levels:
         # In the causal case every visible group is full: no masses, and the counts are known.
         validity = None
         if not causal and alignment is not None:
@@ -115,17 +122,30 @@ def aligned_attention(
         elif not causal and n % (block_size << (levels - 1)):
             validity = (torch.arange(slots, device=q.device) < n)[None]
         if far_keys is None:
-            k, far_k, counts = _summarise(key_summary or means, k, validity, levels)
+            k, far_k, counts = (key_summary or means)(k, validity, levels, everything=True)
         else:
-            _, far_k, counts = _summarise(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels)
-        v, far_v, _ = _summarise(value_summary or means, v, validity, levels)
-    row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
+            _, far_k, counts = (key_summary or means)(_to_grid(far_keys, alignment, block_size), validity, levels, everything=True)
+        v, far_v, _ = (value_summary or means)(v, validity, levels, everything=True)
 
     document = None
     if alignment is not None:
         document = alignment.document.view(batch, 1, blocks, block_size)
     elif not causal and slots != n:
         document = -(torch.arange(slots, device=q.device) >= n).long().view(1, 1, -1, block_size)[:, :, first:]
+    if downsample_queries and levels:
+        if causal:
+            q, far_q = first_queries(q, block_size, rank, levels)
+        else:
+            q, far_q, _ = (query_summary or means)(q, validity, levels, everything=True)
+            far_q = [x.flatten(2, 3) for x in far_q]
+        options = {"scale": dim**-0.5 if scale is None else scale, "softcap": softcap, "dropout_p": dropout_p}
+        far = far_results(far_q, far_k, far_v, counts, alignment, block_size, rank, causal, size_weighting, far_bias, **options)
+        out = attend_segments(q, k, v, *far, document, block_size, causal, **options)
+        return out[:, :, :n] if alignment is None else _from_grid(out, alignment, n), None
+
+    columns = far_columns(slots, block_size, levels, causal, first, q.device)
+    far_k, far_v, counts = (_side_by_side(x) for x in (far_k, far_v, counts))
+    row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
     k, v = (x[:, :, first * block_size :] for x in (k, v))
     arguments = block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p)
 
@@ -150,16 +170,11 @@ def block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, caus
     block_size)``.
     """
     batch, kv_heads, slots, dim = k.shape
-    blocks, repeats = slots // block_size, q.shape[1] // kv_heads
+    blocks = slots // block_size
     grid = (batch, kv_heads, blocks)
     start = torch.arange(batch * kv_heads, device=q.device).view(batch, kv_heads, 1, 1) * far_k.shape[2]
-    if repeats > 1:
-        # The query heads of one key head are stacked in a block, so that keys are not repeated.
-        q = q.reshape(batch, kv_heads, repeats, blocks, block_size, dim).transpose(2, 3)
     return (
-        q.reshape(-1, repeats * block_size, dim),
-        k.reshape(-1, block_size, dim),
-        v.reshape(-1, block_size, v.shape[-1]),
+        *(_to_blocks(x, kv_heads, block_size) for x in (q, k, v)),
         far_k.reshape(-1, dim),
         far_v.reshape(-1, v.shape[-1]),
         (row + start).flatten(0, 2),
@@ -174,6 +189,16 @@ def block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, caus
     )
 
 
+def _to_blocks(x: torch.Tensor, kv_heads: int, block_size: int) -> torch.Tensor:
+    """``(batch, heads, slots, dim)`` to ``(blocks of all rows, repeats * block_size, dim)``: the heads of one key head are stacked in a
+    block, so that keys are not repeated.
+    """
+    batch, heads, slots, dim = x.shape
+    if heads > kv_heads:
+        x = x.reshape(batch, kv_heads, heads // kv_heads, slots // block_size, block_size, dim).transpose(2, 3)
+    return x.reshape(-1, heads // kv_heads * block_size, dim)
+
+
 def _from_blocks(x: torch.Tensor, batch: int, kv_heads: int, repeats: int, block_size: int) -> torch.Tensor:
     """``(blocks of all rows, repeats * block_size, dim)`` to ``(batch, heads, slots, dim)``."""
     blocks = x.shape[0] // (batch * kv_heads)
@@ -186,6 +211,29 @@ def attend_blocks(*arguments) -> torch.Tensor:
     q, k, block_size = arguments[0], arguments[1], arguments[8]
     out = block_attention(*block_arguments(*arguments))
     return _from_blocks(out, k.shape[0], k.shape[1], q.shape[1] // k.shape[1], block_size)
+
+
+def attend_segments(q, k, v, far_mean, far_total, document, block_size, causal, scale, softcap, dropout_p=0.0) -> torch.Tensor:
+    """The operator of the O(n) form for queries and keys ``(batch, heads, slots, dim)``, whole blocks of the same tokens, and the far
+    field of their segments ``(batch, heads, segments, value_dim)`` and ``(batch, heads, segments)``; document: as in
+    :func:`block_arguments`. Returns ``(batch, heads, slots, value_dim)``.
+    """
+    (batch, heads, slots, _), kv_heads = q.shape, k.shape[1]
+    blocks = slots // block_size
+    segments = far_total.shape[2] // blocks
+    out = segment_attention(
+        *(_to_blocks(x, kv_heads, block_size) for x in (q, k, v)),
+        _to_blocks(far_mean, kv_heads, segments),
+        _to_blocks(far_total[..., None], kv_heads, segments).squeeze(2),
+        None if document is None else document.expand(batch, kv_heads, blocks, -1).flatten(0, 2),
+        causal,
+        blocks,
+        scale,
+        softcap,
+        dropout_p,
+        torch.randint(2**62, ()) if dropout_p else None,
+    )
+    return _from_blocks(out, batch, kv_heads, heads // kv_heads, block_size)
 
 
 def _dense_weights(weights, row, blocks, first, slots, summaries, block_size, causal):
@@ -226,7 +274,7 @@ def multipole_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Fast multipole attention, O(n log n) (arXiv 2310.11960).
+    """Fast multipole attention, O(n log n), or O(n) with ``downsample_queries`` (arXiv 2310.11960).
 
     Each query attends to the tokens of its own and the neighbouring blocks, and to ``rank`` learned summaries of each farther
     group of tokens, groups growing with distance; one softmax runs over all of them. With ``n <= 2 * block_size`` this is
@@ -240,7 +288,7 @@ def multipole_attention(
         rank: summaries of each group; divides block_size.
         key_summary, value_summary: modules of summaries.py, ``(tokens, validity, levels) -> one tensor of summaries a
             level``; None for means.
-        query_summary: summaries of the queries, for ``downsample_queries``.
+        query_summary: as key_summary, for the queries of ``downsample_queries``, bidirectional; None for means.
         far_keys: ``(batch, kv_heads, n, head_dim)``, summarised in place of k (keys before the rotary embedding, say).
         causal: a query sees no later token. Otherwise attention is bidirectional.
         attention_mask: ``(batch, n)``, bool or 0/1: the real tokens; padding on either side of a row. The groups are aligned
@@ -249,6 +297,8 @@ def multipole_attention(
         size_weighting: adds log(c) to the logit of a summary that stands for c tokens.
         far_bias: ``(heads, levels)``, added to the logits of the summaries; the last column serves all further levels.
         softcap: logits become ``softcap * tanh(logits / softcap)``, before size weighting and bias.
+        downsample_queries: O(n): at the far levels, tokens share the query of their segment, of which a group has ``rank``: the segment's
+            summary, or, causal, the query of its first token, which all of them know. Needs the queries of all tokens.
         scale: of the logits; ``head_dim ** -0.5`` by default.
         dropout_p: dropout of the attention weights.
         backend: "auto" or "torch".
@@ -263,12 +313,16 @@ def multipole_attention(
     check_sizes(block_size, rank)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend is {backend!r}, but must be 'auto' or 'torch'")
-    if downsample_queries or query_summary is not None:
-        raise ValueError("downsample_queries and query_summary belong to the O(n) form, which is not available; leave them out")
+    if query_summary is not None and (causal or not downsample_queries):
+        raise ValueError(
+            "query_summary belongs to the bidirectional O(n) form (downsample_queries=True, causal=False): a causal one takes the query of "
+            "each segment's first token; leave it out"
+        )
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    for name, summary, width in (("key_summary", key_summary, q.shape[-1]), ("value_summary", value_summary, v.shape[-1])):
-        for size, value in {"block_size": block_size, "rank": rank, "heads": k.shape[1], "dim": width}.items():
+    parts = (("key_summary", key_summary, k), ("value_summary", value_summary, v), ("query_summary", query_summary, q))
+    for name, summary, x in parts:
+        for size, value in {"block_size": block_size, "rank": rank, "heads": x.shape[1], "dim": x.shape[-1]}.items():
             if getattr(summary, size, value) != value:
                 raise ValueError(f"{name} was built for {size} {getattr(summary, size)}, but this call has {value}")
     alignment = None
@@ -285,11 +339,13 @@ def multipole_attention(
         rank=rank,
         key_summary=key_summary,
         value_summary=value_summary,
+        query_summary=query_summary,
         far_keys=far_keys,
         causal=causal,
         size_weighting=size_weighting,
         far_bias=far_bias,
         softcap=softcap,
+        downsample_queries=downsample_queries,
         scale=scale,
         dropout_p=dropout_p,
     )[0]

@@ -52,7 +52,7 @@ def dropout_factors(shape: tuple[int, ...], p: float, generator: torch.Generator
     return keep / (1 - p)
 
 
-class _Work:
+class BlockWork:
     """The buffers and the pieces of one pass over the blocks; see ``block_attention`` for the arguments."""
 
     def __init__(self, q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed):
@@ -137,14 +137,20 @@ class _Work:
             if not self.finite:
                 far.masked_fill_(bias == -torch.inf, -torch.inf)
 
-    def weights(self, q, keys, start, stop, out, capped=None) -> torch.Tensor:
-        """Attention weights ``(blocks, rows, columns)``; ``capped`` keeps tanh of the soft-capped logits."""
-        logits = torch.baddbmm(out[: stop - start], q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=out[: stop - start])
+    def products(self, q, keys, out, capped=None) -> torch.Tensor:
+        """Scaled and soft-capped products of queries and keys, in ``out``; ``capped`` keeps tanh of the soft-capped logits."""
+        out = out[: len(q)]
+        torch.baddbmm(out, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=out)
         if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
+            out.div_(self.softcap).tanh_()
             if capped is not None:
-                capped[: stop - start].copy_(logits)
-            logits.mul_(self.softcap)
+                capped[: len(q)].copy_(out)
+            out.mul_(self.softcap)
+        return out
+
+    def weights(self, q, keys, start, stop, out, capped=None) -> torch.Tensor:
+        """Attention weights ``(blocks, rows, columns)``."""
+        logits = self.products(q, keys, out, capped)
         self.mask(logits.unflatten(1, (-1, self.block_size)), start, stop)
         return torch.softmax(logits, -1, out=logits)
 
@@ -190,7 +196,7 @@ def block_attention(
     them; far_bias: ``(blocks, repeats or 1, columns)``, added to their logits, -inf where hidden. document:
     ``(blocks, block_size)`` or None: tokens of different numbers do not see each other. Returns q's shape with v's dim.
     """
-    work = _Work(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+    work = BlockWork(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
     out = q.new_empty(work.blocks, work.rows, v.shape[-1])
     keys, values, logits, result = work.buffers(
         (work.columns, work.dim), (work.columns, v.shape[-1]), (work.rows, work.columns), out.shape[1:]
@@ -225,7 +231,7 @@ def block_attention_backward(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    work = _Work(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+    work = BlockWork(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
     # Contributions of neighbouring blocks meet in one token: accumulate them in the compute dtype.
     grad_q = torch.empty_like(q)
     grad_k, grad_v, grad_far_k, grad_far_v = (torch.zeros_like(x, dtype=work.dtype) for x in (k, v, far_k, far_v))
@@ -265,7 +271,7 @@ def block_attention_backward(
 
 def block_weights(*arguments) -> torch.Tensor:
     """Attention weights ``(blocks, rows, columns)`` of ``block_attention``'s arguments, without dropout."""
-    work = _Work(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+    work = BlockWork(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
     out = work.q.new_empty(work.blocks, work.rows, work.columns, dtype=work.dtype)
     (keys,) = work.buffers((work.columns, work.dim))
     for start, stop in work.parts():

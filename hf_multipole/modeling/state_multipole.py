@@ -75,6 +75,8 @@ class MultipoleState:
     l (counted from 0) in slot ``ring + (l * groups + g % groups) * rank + r``. Gradients stop here.
     """
 
+    linear = False  # whether it is that of the O(n) form
+
     def __init__(self, key, value, block_size: int, rank: int, levels: int, rollback: int, direct: bool, rotated: bool = False):
         self.spare = max(1, -(-rollback // block_size))  # blocks that can be taken back
         self.block_size, self.rank, self.direct = block_size, rank, direct
@@ -359,13 +361,21 @@ class MultipoleState:
             local.append(near)
             far.append([empty, *groups[: level_count(n, m)]])
 
-        begins, counts = [groups.start for groups in kept], [groups.shape[2] // self.rank for groups in far[0][1:]]
-        row, bias = self._far_columns(n, first, begins, counts, k.shape[1], call, q.device)
-        (k, v), (far_k, far_v) = local, (torch.cat(groups, 2) for groups in far)
         before, after = past - first * m, -n % m
-        q, k, v = (nn.functional.pad(x, (0, 0, pad, after)) for x, pad in ((q, before), (k, 0), (v, 0)))
-        out = attend_blocks(q, k[..., :dim], v, far_k[..., :dim], far_v, row, bias, None, m, True, call.scale, call.softcap)
-        return out[:, :, before : before + n - past]
+        padded = [nn.functional.pad(x, (0, 0, pad, after)) for x, pad in ((q, before), (local[0][..., :dim], 0), (local[1], 0))]
+        far[0] = [x[..., :dim] for x in far[0]]
+        begins = [groups.start for groups in kept]
+        return self._attend_grid(rows, past, q, padded, far, begins, call, writes)[:, :, before : before + n - past]
+
+    def _attend_grid(self, rows, past: int, q, padded: list, far: list, begins: list[int], call: _Call, writes: list) -> torch.Tensor:
+        """Attention of the new queries after ``past`` tokens: they, keys and values ``padded`` to whole blocks, from the one before theirs
+        on; far: keys and values of the listed groups of each level, from ``begins`` on, after an empty one.
+        """
+        n, counts = past + q.shape[2], [groups.shape[2] // self.rank for groups in far[0][1:]]
+        first = max(0, past // self.block_size - 1)
+        row, bias = self._far_columns(n, first, begins, counts, padded[1].shape[1], call, q.device)
+        far = [torch.cat(groups, 2) for groups in far]
+        return attend_blocks(*padded, *far, row, bias, None, self.block_size, True, call.scale, call.softcap)
 
     def _far_columns(self, n: int, first: int, begins: list[int], counts: list[int], kv_heads: int, call: _Call, device):
         """Rows and bias as from ``far_field``, where of each level ``counts`` groups from ``begins`` on are listed, one after another."""
@@ -396,12 +406,7 @@ class MultipoleState:
         # The query heads of one key head are its queries.
         q = q.reshape(batch, kv_heads, heads // kv_heads, dim).to(self.keys.slots.dtype)
         bias = self._bias.view(len(self._bias), kv_heads, heads // kv_heads, -1)
-        keys, values = self.keys.slots[..., :dim], self.values.slots
-        if call.softcap is None:
-            out = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=call.scale)
-        else:
-            logits = call.softcap * torch.tanh(q @ keys.transpose(2, 3) * call.scale / call.softcap) + bias
-            out = torch.softmax(logits, -1) @ values
+        out = self._attend_slots(q, bias, past, call)
 
         if any((length + 1) % m == 0 for length in past):
             self._grow(max(past) + 1, call)
@@ -410,6 +415,14 @@ class MultipoleState:
                     block = self._read(side.store, rows, self._token_slots(range(length - m, length)))
                     self._keep_all(side, rows, length // m, *self._extend(side, rows, block, length // m - 1, call.new))
         return out.reshape(batch, heads, 1, -1).to(k.dtype)
+
+    def _attend_slots(self, q, bias, past: list[int], call: _Call) -> torch.Tensor:
+        """Attention of one query after ``past`` tokens of each row, ``(batch, kv_heads, repeats, dim)``; bias: of its logits."""
+        keys, values = self.keys.slots[..., : q.shape[-1]], self.values.slots
+        if call.softcap is None:
+            return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=call.scale)
+        logits = call.softcap * torch.tanh(q @ keys.transpose(2, 3) * call.scale / call.softcap) + bias
+        return torch.softmax(logits, -1) @ values
 
     @torch.inference_mode(False)
     @torch.no_grad()

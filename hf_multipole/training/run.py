@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import ByT5Tokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
-from ..modeling.configuration_multipole import MultipoleConfig
+from ..modeling.configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
 from . import checkpoints
 from .arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
 from .batches import MaskingCollator, collate, keeps_documents_apart
@@ -212,9 +212,10 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
             plot_curves({"this model": points}, baselines, folder / "loss_curve.png", unit)
         # A sharded model runs on all processes or not at all.
         whole = not trainer.is_fsdp_enabled
-        if whole and multipole and "multipole_attention" in model.config.layer_types and model.config._attn_implementation == "multipole":
-            # Tensor layers weigh tuples of tokens, which is no picture.
-            if "tensor_attention" not in model.config.layer_types:
+        kinds = set(model.config.layer_types) if multipole else set()
+        if whole and kinds & set(MULTIPOLE_LAYERS) and model.config._attn_implementation in ("multipole", "multipole_linear"):
+            # Tensor layers weigh tuples of tokens, and linear ones share weights: no picture.
+            if kinds <= {"multipole_attention", "full_attention"}:
                 images["attention pattern"] = "attention.png"
                 sample = torch.tensor([held_out[0]["input_ids"][:512]], device=trainer.args.device)
                 plot_attention(model.eval(), sample, folder / "attention.png")
