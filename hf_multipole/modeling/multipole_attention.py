@@ -1,11 +1,12 @@
 """Fast multipole attention: the function, its checks, and what it hands to the operator on blocks (arXiv 2310.11960)."""
 
 import math
+import os
 
 import torch
 from torch import nn
 
-from .hierarchy import Alignment, align_rows, block_of, check_rows, far_columns, level_count, near_offsets
+from .hierarchy import Alignment, align_rows, block_of, check_rows, far_columns, group_count, level_count, near_offsets
 from .multipole_torch import block_attention, block_weights
 from .summaries import MeanSummary, compute_dtype
 
@@ -29,6 +30,13 @@ def _from_grid(grid: torch.Tensor, alignment: Alignment, n: int) -> torch.Tensor
     return out.masked_fill(~alignment.valid[:, None, -n:, None], 0)
 
 
+def log_counts(counts: torch.Tensor, size_weighting: bool) -> torch.Tensor:
+    """What size weighting adds to the logits of summaries that stand for so many tokens; -inf where for none."""
+    none = counts <= 0
+    logarithm = torch.where(none, 1, counts).log() if size_weighting else torch.zeros_like(counts)
+    return torch.where(none, -torch.inf, logarithm)
+
+
 def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype):
     """Row of every listed summary ``(blocks, columns)`` and what is added to its logit, -inf where it is not seen
     ``(batch or 1, kv_heads or 1, blocks, repeats or 1, columns)``.
@@ -43,9 +51,7 @@ def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_hea
         counts = (columns.width.to(dtype) / rank).repeat_interleave(rank).expand(1, 1, *row.shape)
     else:
         counts = counts[:, :, row]
-        hidden = hidden | (counts <= 0)
-    bias = torch.where(hidden, 1, counts).log() if size_weighting else torch.zeros_like(counts)
-    bias = torch.where(hidden, -torch.inf, bias)[:, :, :, None]
+    bias = torch.where(hidden, -torch.inf, log_counts(counts, size_weighting))[:, :, :, None]
     if far_bias is not None:
         level = (columns.level.clamp(max=far_bias.shape[1]) - 1).repeat_interleave(rank)
         bias = bias + far_bias.to(dtype)[:, level].unflatten(0, (kv_heads, -1))[None, :, None]
@@ -56,6 +62,25 @@ def _summarise(summary, tokens, validity, levels):
     """The tokens for further use, and, all levels side by side, their summaries ``(batch, heads, summaries, dim)`` and counts."""
     tokens, summaries, counts = summary(tokens, validity, levels, everything=True)
     return tokens, *(x if x is None else torch.cat([level.flatten(2, 3) for level in x], 2) for x in (summaries, counts))
+
+
+def kernels(backend: str, q: torch.Tensor, v: torch.Tensor, dropout_p: float):
+    """The operator of the GPU kernels where they are to run, else None, for the PyTorch path; see :func:`multipole_attention`."""
+    if backend == "torch" or (backend == "auto" and (q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p)):
+        return None
+    remedy = "; pass backend='torch'"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"the kernels of backend='triton' run on CUDA devices, but q is on {q.device}{remedy}, or move the tensors")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"the kernels of backend='triton' take float32, bfloat16 and float16, but q has {q.dtype}{remedy}")
+    if dropout_p:
+        raise ValueError(f"the kernels of backend='triton' have no dropout, but dropout_p is {dropout_p}{remedy}, or 'auto'")
+    for name, width in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
+        if width > 256:
+            raise ValueError(f"the GPU kernels hold a head_dim of at most 256, but {name} is {width}{remedy}")
+    from .multipole_triton import attention
+
+    return attention
 
 
 def aligned_attention(
@@ -75,6 +100,7 @@ def aligned_attention(
     softcap: float | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    backend: str = "auto",
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`multipole_attention` for arguments that have been checked, padding and segments given as their alignment.
@@ -103,7 +129,6 @@ def aligned_attention(
 
     # A document has no more levels than a row of n tokens, though a packed grid is longer.
     levels = min(level_count(n, block_size), level_count(slots, block_size))
-    columns = far_columns(slots, block_size, levels, causal, first, q.device)
     counts = None
     if levels == 0:
         far_k, far_v = (x.new_zeros(batch, kv_heads, 0, x.shape[-1], dtype=dtype) for x in (k, v))
@@ -119,25 +144,50 @@ def aligned_attention(
         else:
             _, far_k, counts = _summarise(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels)
         v, far_v, _ = _summarise(value_summary or means, v, validity, levels)
-    row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
-
     document = None
     if alignment is not None:
         document = alignment.document.view(batch, 1, blocks, block_size)
     elif not causal and slots != n:
         document = -(torch.arange(slots, device=q.device) >= n).long().view(1, 1, -1, block_size)[:, :, first:]
     k, v = (x[:, :, first * block_size :] for x in (k, v))
-    arguments = block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p)
 
     def to_tokens(x):
-        x = _from_blocks(x, batch, kv_heads, repeats, block_size)
         return x[:, :, before : before + queries] if alignment is None else _from_grid(x, alignment, queries)
 
-    out = block_attention(*arguments)
+    run = kernels(backend, q, v, dropout_p)
+    if run is not None:
+        out, _ = run(
+            q,
+            k,
+            v,
+            far_k,
+            far_v,
+            log_counts=None if counts is None else log_counts(counts, size_weighting),
+            far_bias=None if far_bias is None else far_bias.to(dtype),
+            document=None if document is None else document.flatten(1),
+            first=None if alignment is None else alignment.first,
+            last=None if alignment is None else alignment.last,
+            begins=[0] * levels,
+            counts=[group_count(slots, block_size, level + 1) for level in range(levels)],
+            block_size=block_size,
+            rank=rank,
+            first_block=first,
+            causal=causal,
+            size_weighting=size_weighting,
+            scale=dim**-0.5 if scale is None else scale,
+            softcap=softcap,
+        )
+        if not return_weights:
+            return to_tokens(out), None
+    columns = far_columns(slots, block_size, levels, causal, first, q.device)
+    row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
+    arguments = block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p)
+    if run is None:
+        out = _from_blocks(block_attention(*arguments), batch, kv_heads, repeats, block_size)
     if not return_weights:
         return to_tokens(out), None
-    near, far = _dense_weights(block_weights(*arguments), row, blocks, first, slots, far_k.shape[2], block_size, causal)
-    near, far = to_tokens(near), to_tokens(far)
+    weights = _dense_weights(block_weights(*arguments), row, blocks, first, slots, far_k.shape[2], block_size, causal)
+    near, far = (to_tokens(_from_blocks(x, batch, kv_heads, repeats, block_size)) for x in weights)
     if alignment is not None:
         near = near.gather(3, alignment.slot[:, None, None].expand(*near.shape[:3], n)) * alignment.valid[:, None, None]
     return to_tokens(out), torch.cat([near[..., :n], far], -1)
@@ -251,7 +301,9 @@ def multipole_attention(
         softcap: logits become ``softcap * tanh(logits / softcap)``, before size weighting and bias.
         scale: of the logits; ``head_dim ** -0.5`` by default.
         dropout_p: dropout of the attention weights.
-        backend: "auto" or "torch".
+        backend: "torch"; "triton", the GPU kernels, for float32, bfloat16 and float16, head_dim up to 256, no dropout; "auto": the
+            kernels for tensors on CUDA devices, the PyTorch path on other devices, in float64 and with dropout. Results are the
+            same up to rounding.
 
     Returns:
         ``(batch, heads, queries, value_dim)`` in q's dtype, zeros at padded queries.
@@ -261,8 +313,8 @@ def multipole_attention(
     """
     _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, scale, dropout_p)
     check_sizes(block_size, rank)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend is {backend!r}, but must be 'auto' or 'torch'")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend is {backend!r}, but must be 'auto', 'torch' or 'triton'")
     if downsample_queries or query_summary is not None:
         raise ValueError("downsample_queries and query_summary belong to the O(n) form, which is not available; leave them out")
     if torch.is_autocast_enabled(q.device.type):
@@ -292,6 +344,7 @@ def multipole_attention(
         softcap=softcap,
         scale=scale,
         dropout_p=dropout_p,
+        backend=backend,
     )[0]
 
 
