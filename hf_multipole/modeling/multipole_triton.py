@@ -40,6 +40,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _round(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 to another dtype, to the nearest; Triton's interpreter would cut bfloat16 off."""
+    if PRECISION is None and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    if PRECISION is None:  # Triton's interpreter would multiply the bits of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
 def _load(start, row, stride, seen, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rows ``(rows, BLOCK)`` of a tensor, zeros where not seen and after DIM."""
     column = tl.arange(0, BLOCK)
@@ -49,15 +65,17 @@ def _load(start, row, stride, seen, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store(start, row, stride, seen, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _store(start, row, stride, seen, x, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     column = tl.arange(0, BLOCK)
-    tl.store(start + row[:, None].to(tl.int64) * stride + column, x.to(start.dtype.element_ty), seen[:, None] & (column < DIM))
+    tl.store(
+        start + row[:, None].to(tl.int64) * stride + column, _round(x, start.dtype.element_ty, PRECISION), seen[:, None] & (column < DIM)
+    )
 
 
 @triton.jit
 def _logits(a, b, scale, softcap, PRECISION: tl.constexpr):
     """Logits of all pairs of rows, and the derivative of the cap."""
-    x = tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale
+    x = _dot(a, tl.trans(b), PRECISION) * scale
     slope = 1.0
     if softcap is not None:
         decay = tl.exp2(tl.abs(x) * (-2 * LOG2E / softcap))
@@ -74,7 +92,7 @@ def _absorb(x, v, acc, top, total, PRECISION: tl.constexpr):
     base = tl.where(new == float("-inf"), 0.0, new)  # of a query that has seen nothing yet
     weights = tl.exp2(x - base[:, None])
     decay = tl.exp2(top - base)
-    acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    acc = acc * decay[:, None] + _dot(_round(weights, v.dtype, PRECISION), v, PRECISION)
     return acc, new, total * decay + tl.sum(weights, 1)
 
 
@@ -150,7 +168,7 @@ def _near(
             wild = ~(tl.abs(v.to(tl.float32)) < float("inf"))
             if tl.max(tl.max(wild.to(tl.int32), 1), 0) > 0:
                 v = tl.where(wild, 0.0, v).to(v.dtype)
-                reached = tl.dot(seen.to(v.dtype), wild.to(v.dtype), input_precision=PRECISION)
+                reached = _dot(seen.to(tl.float32).to(v.dtype), wild.to(tl.float32).to(v.dtype), PRECISION)
                 acc = tl.where(reached > 0, float("nan"), acc)
         acc, top, total = _absorb(x, v, acc, top, total, PRECISION)
     return acc, top, total
@@ -229,12 +247,12 @@ def _forward(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first, last, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = _load(far_k_, summary, DIM, seen, DIM, BLOCK_D).to(q.dtype)
-        v = _load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W).to(q.dtype)
+        k = _round(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
+        v = _round(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
         x, _ = _logits(q, k, scale, softcap, PRECISION)
         acc, top, total = _absorb(x + bias[None, :], v, acc, top, total, PRECISION)
 
-    _store(out_ + batch * out_b + head * out_h, query, out_n, real, acc / total[:, None], WIDTH, BLOCK_W)
+    _store(out_ + batch * out_b + head * out_h, query, out_n, real, acc / total[:, None], WIDTH, BLOCK_W, PRECISION)
     tl.store(lse_ + (batch * heads + head) * slots + query, top + tl.log2(total), real)
 
 
@@ -242,7 +260,7 @@ def _forward(
 def _logit_gradient(x, lse, grad, v, delta, seen, PRECISION: tl.constexpr):
     """Weights, and the gradient of the (capped, biased) logits; the rows are queries."""
     weights = tl.where(seen, tl.exp2(x - lse), 0.0)
-    return weights, tl.where(seen, weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta), 0.0)
+    return weights, tl.where(seen, weights * (_dot(grad, tl.trans(v), PRECISION) - delta), 0.0)
 
 
 @triton.jit
@@ -282,7 +300,7 @@ def _backward_queries(
         x, slope = _logits(q, k, scale, softcap, PRECISION)
         seen = _visible(query[:, None], key[None, :], high, document_, slots, CAUSAL)
         _, inner = _logit_gradient(x, lse[:, None], grad, v, delta[:, None], seen, PRECISION)
-        acc += tl.dot((inner * slope).to(k.dtype), k, input_precision=PRECISION)
+        acc += _dot(_round(inner * slope, k.dtype, PRECISION), k, PRECISION)
 
     far_k_ += (batch * (heads // repeats) + kv_head) * summaries * DIM
     far_v_ += (batch * (heads // repeats) + kv_head) * summaries * WIDTH
@@ -295,12 +313,12 @@ def _backward_queries(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first, last, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = _load(far_k_, summary, DIM, seen, DIM, BLOCK_D).to(q.dtype)
-        v = _load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W).to(q.dtype)
+        k = _round(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
+        v = _round(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
         x, slope = _logits(q, k, scale, softcap, PRECISION)
         _, inner = _logit_gradient(x + bias[None, :], lse[:, None], grad, v, delta[:, None], seen[None, :], PRECISION)
-        acc += tl.dot((inner * slope).to(k.dtype), k, input_precision=PRECISION)
-    _store(grad_q_ + (batch * heads + head) * slots * DIM, query, DIM, real, acc * scale, DIM, BLOCK_D)
+        acc += _dot(_round(inner * slope, k.dtype, PRECISION), k, PRECISION)
+    _store(grad_q_ + (batch * heads + head) * slots * DIM, query, DIM, real, acc * scale, DIM, BLOCK_D, PRECISION)
 
 
 @triton.jit
@@ -335,13 +353,13 @@ def _backward_keys(
             x, slope = _logits(k, q, scale, softcap, PRECISION)
             seen = _visible(query[None, :], key[:, None], end, document_, slots, CAUSAL) & (query < high)[None, :]
             weights = tl.where(seen, tl.exp2(x - lse[None, :]), 0.0)
-            inner = tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
+            inner = _dot(v, tl.trans(grad), PRECISION) - delta[None, :]
             inner = tl.where(seen, weights * inner, 0.0) * slope
-            grad_v += tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
-            grad_k += tl.dot(inner.to(q.dtype), q, input_precision=PRECISION)
+            grad_v += _dot(_round(weights, grad.dtype, PRECISION), grad, PRECISION)
+            grad_k += _dot(_round(inner, q.dtype, PRECISION), q, PRECISION)
     row = (batch * kv_heads + kv_head) * slots
-    _store(grad_k_ + row * DIM, key, DIM, real, grad_k * scale, DIM, BLOCK_D)
-    _store(grad_v_ + row * WIDTH, key, WIDTH, real, grad_v, WIDTH, BLOCK_W)
+    _store(grad_k_ + row * DIM, key, DIM, real, grad_k * scale, DIM, BLOCK_D, PRECISION)
+    _store(grad_v_ + row * WIDTH, key, WIDTH, real, grad_v, WIDTH, BLOCK_W, PRECISION)
 
 
 @triton.jit
@@ -380,8 +398,8 @@ def _backward_summaries(
         group, summary, _ = _listed(inner, level, block >> level, table, RANK)
         place = group - tl.load(table + 3 * level)
         exists = (inner < tl.where(low < high, COLUMNS, 0)) & (place >= 0) & (place < tl.load(table + 3 * level + 1))
-        k = _load(far_k_, summary, DIM, exists, DIM, BLOCK_D).to(q_.dtype.element_ty)
-        v = _load(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W).to(q_.dtype.element_ty)
+        k = _round(_load(far_k_, summary, DIM, exists, DIM, BLOCK_D), q_.dtype.element_ty, PRECISION)
+        v = _round(_load(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W), q_.dtype.element_ty, PRECISION)
         part_k = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
         part_v = tl.zeros([BLOCK_F, BLOCK_W], tl.float32)
         for repeat in range(repeats):
@@ -407,15 +425,15 @@ def _backward_summaries(
                     seen &= ((group * width)[:, None] >= first[None, :]) & (((group + 1) * width)[:, None] <= last[None, :])
                 x, slope = _logits(k, q, scale, softcap, PRECISION)
                 weights = tl.where(seen, tl.exp2(x + bias[:, None] - lse[None, :]), 0.0)
-                change = tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
+                change = _dot(v, tl.trans(grad), PRECISION) - delta[None, :]
                 change = tl.where(seen, weights * change, 0.0)
                 sums += tl.sum(change, 1)
-                part_v += tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
-                part_k += tl.dot((change * slope).to(q.dtype), q, input_precision=PRECISION)
+                part_v += _dot(_round(weights, grad.dtype, PRECISION), grad, PRECISION)
+                part_k += _dot(_round(change * slope, q.dtype, PRECISION), q, PRECISION)
             tl.store(sums_ + ((row * repeats + repeat) * parts + part) * COLUMNS + inner, sums, inner < COLUMNS)
         at = (row * parts + part) * COLUMNS
-        _store(part_k_ + at * DIM, inner, DIM, inner < COLUMNS, part_k * scale, DIM, BLOCK_D)
-        _store(part_v_ + at * WIDTH, inner, WIDTH, inner < COLUMNS, part_v, WIDTH, BLOCK_W)
+        _store(part_k_ + at * DIM, inner, DIM, inner < COLUMNS, part_k * scale, DIM, BLOCK_D, PRECISION)
+        _store(part_v_ + at * WIDTH, inner, WIDTH, inner < COLUMNS, part_v, WIDTH, BLOCK_W, PRECISION)
 
 
 @triton.jit
@@ -447,6 +465,8 @@ def _add_parts(
 
 
 # Launches
+
+_PRECISION = "ieee" if isinstance(_forward, triton.JITFunction) else None  # of products; None in the interpreter
 
 
 @lru_cache(maxsize=256)
@@ -491,7 +511,7 @@ def _arguments(
         rows=batch * kv_heads, heads=heads, kv_heads=kv_heads, repeats=heads // kv_heads,
         blocks=slots // block_size, block_size=block_size, begin=first_block, RANK=rank, CAUSAL=causal,
         size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap,
-        DIM=dim, WIDTH=value_dim, BLOCK_D=_tile(dim), BLOCK_W=_tile(value_dim), PRECISION="ieee",
+        DIM=dim, WIDTH=value_dim, BLOCK_D=_tile(dim), BLOCK_W=_tile(value_dim), PRECISION=_PRECISION,
     )  # fmt: skip
 
 
