@@ -123,7 +123,7 @@ def _bias(level, summary, seen, counts, far_bias, biases, size):
 
 @triton.jit
 def _far_tile(
-    start, block, block_size, levels, first, last, table, counts, far_bias, biases, size,
+    start, block, block_size, levels, first_, last_, table, counts, far_bias, biases, size,
     SIDES: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the list of one block, from ``start`` on: summaries, which of them are seen, and their bias."""
@@ -131,9 +131,9 @@ def _far_tile(
     level = tl.minimum(column // (SIDES * 2 * RANK), levels - 1)
     group, summary, seen = _listed(column % (SIDES * 2 * RANK), level, block >> level, table, RANK)
     seen &= column < levels * (SIDES * 2 * RANK)
-    if first is not None:
+    if first_ is not None:  # the document's stretch of the grid
         width = block_size << level
-        seen &= (group * width >= first) & ((group + 1) * width <= last)
+        seen &= (group * width >= tl.load(first_)) & ((group + 1) * width <= tl.load(last_))
     bias = _bias(level, summary, seen, counts, far_bias, biases, size)
     return summary, seen, tl.where(seen, bias, float("-inf"))
 
@@ -182,14 +182,6 @@ def _place(tiles, blocks, block_size, heads, repeats, BLOCK: tl.constexpr):
     start = block * block_size + tl.program_id(0) % tiles * BLOCK
     token = start + tl.arange(0, BLOCK)
     return row // heads, row % heads, row % heads // repeats, block, start, token, token < (block + 1) * block_size
-
-
-@triton.jit
-def _stretch(first_, last_, batch, block, blocks):
-    """The document's stretch of the grid that a block belongs to."""
-    if first_ is None:
-        return None, None
-    return tl.load(first_ + batch * blocks + block), tl.load(last_ + batch * blocks + block)
 
 
 # Kernels. The strides of a tensor are named after it: q_b, q_h and q_n of batch rows, heads and tokens. Tensors without them are
@@ -242,10 +234,12 @@ def _forward(
         counts_ += batch * counts_b + kv_head * counts_h
     if far_bias_ is not None:
         far_bias_ += head * biases
-    first, last = _stretch(first_, last_, batch, block, blocks)
+    if first_ is not None:
+        first_ += batch * blocks + block
+        last_ += batch * blocks + block
     for column in range(0, levels * (SIDES * 2 * RANK), BLOCK_F):
         summary, seen, bias = _far_tile(
-            column, begin + block, block_size, levels, first, last, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
+            column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
         k = _round(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
         v = _round(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
@@ -308,10 +302,12 @@ def _backward_queries(
         counts_ += batch * counts_b + kv_head * counts_h
     if far_bias_ is not None:
         far_bias_ += head * biases
-    first, last = _stretch(first_, last_, batch, block, blocks)
+    if first_ is not None:
+        first_ += batch * blocks + block
+        last_ += batch * blocks + block
     for column in range(0, levels * (SIDES * 2 * RANK), BLOCK_F):
         summary, seen, bias = _far_tile(
-            column, begin + block, block_size, levels, first, last, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
+            column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
         k = _round(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
         v = _round(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
@@ -466,6 +462,8 @@ def _add_parts(
 
 # Launches
 
+_UNIT = 512  # tokens whose gradients a program for summaries sums: enough to fill it, few enough for many programs
+
 _PRECISION = "ieee" if isinstance(_forward, triton.JITFunction) else None  # of products; None in the interpreter
 
 
@@ -615,8 +613,8 @@ def attention_backward(
     if not levels:
         return *grads, grad_counts, grad_bias
 
-    # Blocks of queries in a program for summaries: a power of two, some 512 tokens.
-    unit = max(2, triton.next_power_of_2(512 // block_size))
+    # Blocks of queries in a program for summaries, a power of two.
+    unit = max(2, triton.next_power_of_2(min(_UNIT // block_size, arguments["blocks"])))
     units = triton.cdiv(first_block % unit + arguments["blocks"], unit)
     pieces = [units * (unit // min(2 << level, unit)) for level in range(levels)]
     columns, parts = (2 if causal else 4) * rank, sum(pieces)
