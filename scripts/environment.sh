@@ -1,10 +1,10 @@
 # Sourced by the other scripts, in the repository's root: activates the virtual environment VENV (.venv), which is made, with
-# the interpreter PYTHON (python3), where there is none, and filled with the package and the EXTRAS ("test,plot") in their
+# the interpreter PYTHON (python3), where there is none, and filled with the package and the EXTRAS ("test,plot,triton") in their
 # tested versions. It is filled once, and again when pyproject.toml or the tested versions change.
 
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
-EXTRAS=${EXTRAS:-test,plot}
+EXTRAS=${EXTRAS:-test,plot,triton}
 
 if [ ! -f "$VENV/bin/activate" ]; then
     if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then

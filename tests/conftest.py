@@ -5,6 +5,10 @@ from pathlib import Path
 import hypothesis
 import torch
 
+# Without a GPU the kernels run under Triton's interpreter, which has to be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Small tensors gain nothing from threads, and xdist or a shared machine loses by them.
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))

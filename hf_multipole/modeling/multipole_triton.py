@@ -163,13 +163,11 @@ def _near(
         x, _ = _logits(q, k, scale, softcap, PRECISION)
         if MASKED:
             seen = _visible(query[:, None], key[None, :], stop, document, slots, CAUSAL)
-            x = tl.where(seen, x, float("-inf"))
-            # Zero times a value that is not finite is NaN: such a value must reach exactly the queries that see its key.
-            wild = ~(tl.abs(v.to(tl.float32)) < float("inf"))
-            if tl.max(tl.max(wild.to(tl.int32), 1), 0) > 0:
-                v = tl.where(wild, 0.0, v).to(v.dtype)
-                reached = _dot(seen.to(tl.float32).to(v.dtype), wild.to(tl.float32).to(v.dtype), PRECISION)
-                acc = tl.where(reached > 0, float("nan"), acc)
+            # Zero times a value that is not finite is NaN: such a value must reach exactly the queries that see its key. So it
+            # goes by way of their logits.
+            nought = v.to(tl.float32) * 0.0
+            v = tl.where(nought == 0, v, 0.0).to(v.dtype)
+            x = tl.where(seen, x + tl.sum(nought, 1)[None, :], float("-inf"))
         acc, top, total = _absorb(x, v, acc, top, total, PRECISION)
     return acc, top, total
 
