@@ -58,9 +58,9 @@ def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_hea
     return row, bias
 
 
-def _summarise(summary, tokens, validity, levels):
+def _summarise(summary, tokens, validity, levels, kernels):
     """The tokens for further use, and, all levels side by side, their summaries ``(batch, heads, summaries, dim)`` and counts."""
-    tokens, summaries, counts = summary(tokens, validity, levels, everything=True)
+    tokens, summaries, counts = summary(tokens, validity, levels, everything=True, kernels=kernels)
     return tokens, *(x if x is None else torch.cat([level.flatten(2, 3) for level in x], 2) for x in (summaries, counts))
 
 
@@ -116,6 +116,7 @@ def aligned_attention(
         # One block that holds the row: exact attention.
         block_size, rank, key_summary, value_summary = n, 1, None, None
     dtype = compute_dtype(q.dtype)
+    run = kernels(backend, q, v, dropout_p)
     means = MeanSummary(block_size, rank)
 
     # Queries are the last tokens. Without an alignment only their blocks, and one before for the near field, are run.
@@ -140,10 +141,12 @@ def aligned_attention(
         elif not causal and n % (block_size << (levels - 1)):
             validity = (torch.arange(slots, device=q.device) < n)[None]
         if far_keys is None:
-            k, far_k, counts = _summarise(key_summary or means, k, validity, levels)
+            k, far_k, counts = _summarise(key_summary or means, k, validity, levels, run is not None)
         else:
-            _, far_k, counts = _summarise(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels)
-        v, far_v, _ = _summarise(value_summary or means, v, validity, levels)
+            _, far_k, counts = _summarise(
+                key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels, run is not None
+            )
+        v, far_v, _ = _summarise(value_summary or means, v, validity, levels, run is not None)
     document = None
     if alignment is not None:
         document = alignment.document.view(batch, 1, blocks, block_size)
@@ -154,7 +157,6 @@ def aligned_attention(
     def to_tokens(x):
         return x[:, :, before : before + queries] if alignment is None else _from_grid(x, alignment, queries)
 
-    run = kernels(backend, q, v, dropout_p)
     if run is not None:
         out, _ = run(
             q,

@@ -40,7 +40,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _round(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def round_to(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """float32 to another dtype, to the nearest; Triton's interpreter would cut bfloat16 off."""
     if PRECISION is None and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -68,7 +68,7 @@ def _load(start, row, stride, seen, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def _store(start, row, stride, seen, x, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     column = tl.arange(0, BLOCK)
     tl.store(
-        start + row[:, None].to(tl.int64) * stride + column, _round(x, start.dtype.element_ty, PRECISION), seen[:, None] & (column < DIM)
+        start + row[:, None].to(tl.int64) * stride + column, round_to(x, start.dtype.element_ty, PRECISION), seen[:, None] & (column < DIM)
     )
 
 
@@ -92,7 +92,7 @@ def _absorb(x, v, acc, top, total, PRECISION: tl.constexpr):
     base = tl.where(new == float("-inf"), 0.0, new)  # of a query that has seen nothing yet
     weights = tl.exp2(x - base[:, None])
     decay = tl.exp2(top - base)
-    acc = acc * decay[:, None] + _dot(_round(weights, v.dtype, PRECISION), v, PRECISION)
+    acc = acc * decay[:, None] + _dot(round_to(weights, v.dtype, PRECISION), v, PRECISION)
     return acc, new, total * decay + tl.sum(weights, 1)
 
 
@@ -239,8 +239,8 @@ def _forward(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = _round(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
-        v = _round(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
+        k = round_to(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
+        v = round_to(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
         x, _ = _logits(q, k, scale, softcap, PRECISION)
         acc, top, total = _absorb(x + bias[None, :], v, acc, top, total, PRECISION)
 
@@ -292,7 +292,7 @@ def _backward_queries(
         x, slope = _logits(q, k, scale, softcap, PRECISION)
         seen = _visible(query[:, None], key[None, :], high, document_, slots, CAUSAL)
         _, inner = _logit_gradient(x, lse[:, None], grad, v, delta[:, None], seen, PRECISION)
-        acc += _dot(_round(inner * slope, k.dtype, PRECISION), k, PRECISION)
+        acc += _dot(round_to(inner * slope, k.dtype, PRECISION), k, PRECISION)
 
     far_k_ += (batch * (heads // repeats) + kv_head) * summaries * DIM
     far_v_ += (batch * (heads // repeats) + kv_head) * summaries * WIDTH
@@ -307,11 +307,11 @@ def _backward_queries(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = _round(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
-        v = _round(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
+        k = round_to(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
+        v = round_to(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
         x, slope = _logits(q, k, scale, softcap, PRECISION)
         _, inner = _logit_gradient(x + bias[None, :], lse[:, None], grad, v, delta[:, None], seen[None, :], PRECISION)
-        acc += _dot(_round(inner * slope, k.dtype, PRECISION), k, PRECISION)
+        acc += _dot(round_to(inner * slope, k.dtype, PRECISION), k, PRECISION)
     _store(grad_q_ + (batch * heads + head) * slots * DIM, query, DIM, real, acc * scale, DIM, BLOCK_D, PRECISION)
 
 
@@ -349,8 +349,8 @@ def _backward_keys(
             weights = tl.where(seen, tl.exp2(x - lse[None, :]), 0.0)
             inner = _dot(v, tl.trans(grad), PRECISION) - delta[None, :]
             inner = tl.where(seen, weights * inner, 0.0) * slope
-            grad_v += _dot(_round(weights, grad.dtype, PRECISION), grad, PRECISION)
-            grad_k += _dot(_round(inner, q.dtype, PRECISION), q, PRECISION)
+            grad_v += _dot(round_to(weights, grad.dtype, PRECISION), grad, PRECISION)
+            grad_k += _dot(round_to(inner, q.dtype, PRECISION), q, PRECISION)
     row = (batch * kv_heads + kv_head) * slots
     _store(grad_k_ + row * DIM, key, DIM, real, grad_k * scale, DIM, BLOCK_D, PRECISION)
     _store(grad_v_ + row * WIDTH, key, WIDTH, real, grad_v, WIDTH, BLOCK_W, PRECISION)
@@ -392,8 +392,8 @@ def _backward_summaries(
         group, summary, _ = _listed(inner, level, block >> level, table, RANK)
         place = group - tl.load(table + 3 * level)
         exists = (inner < tl.where(low < high, COLUMNS, 0)) & (place >= 0) & (place < tl.load(table + 3 * level + 1))
-        k = _round(_load(far_k_, summary, DIM, exists, DIM, BLOCK_D), q_.dtype.element_ty, PRECISION)
-        v = _round(_load(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W), q_.dtype.element_ty, PRECISION)
+        k = round_to(_load(far_k_, summary, DIM, exists, DIM, BLOCK_D), q_.dtype.element_ty, PRECISION)
+        v = round_to(_load(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W), q_.dtype.element_ty, PRECISION)
         part_k = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
         part_v = tl.zeros([BLOCK_F, BLOCK_W], tl.float32)
         for repeat in range(repeats):
@@ -422,8 +422,8 @@ def _backward_summaries(
                 change = _dot(v, tl.trans(grad), PRECISION) - delta[None, :]
                 change = tl.where(seen, weights * change, 0.0)
                 sums += tl.sum(change, 1)
-                part_v += _dot(_round(weights, grad.dtype, PRECISION), grad, PRECISION)
-                part_k += _dot(_round(change * slope, q.dtype, PRECISION), q, PRECISION)
+                part_v += _dot(round_to(weights, grad.dtype, PRECISION), grad, PRECISION)
+                part_k += _dot(round_to(change * slope, q.dtype, PRECISION), q, PRECISION)
             tl.store(sums_ + ((row * repeats + repeat) * parts + part) * COLUMNS + inner, sums, inner < COLUMNS)
         at = (row * parts + part) * COLUMNS
         _store(part_k_ + at * DIM, inner, DIM, inner < COLUMNS, part_k * scale, DIM, BLOCK_D, PRECISION)
@@ -462,7 +462,7 @@ def _add_parts(
 
 _UNIT = 512  # tokens whose gradients a program for summaries sums: enough to fill it, few enough for many programs
 
-_PRECISION = "ieee" if isinstance(_forward, triton.JITFunction) else None  # of products; None in the interpreter
+PRECISION = "ieee" if isinstance(_forward, triton.JITFunction) else None  # of products; None in the interpreter
 
 
 @lru_cache(maxsize=256)
@@ -507,13 +507,12 @@ def _arguments(
         rows=batch * kv_heads, heads=heads, kv_heads=kv_heads, repeats=heads // kv_heads,
         blocks=slots // block_size, block_size=block_size, begin=first_block, RANK=rank, CAUSAL=causal,
         size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap,
-        DIM=dim, WIDTH=value_dim, BLOCK_D=_tile(dim), BLOCK_W=_tile(value_dim), PRECISION=_PRECISION,
+        DIM=dim, WIDTH=value_dim, BLOCK_D=_tile(dim), BLOCK_W=_tile(value_dim), PRECISION=PRECISION,
     )  # fmt: skip
 
 
-def _launch(kernel, programs: int, arguments: dict, num_warps: int = 4, num_stages: int = 2) -> None:
+def launch(kernel, device: torch.device, programs: int, arguments: dict, num_warps: int = 4, num_stages: int = 2) -> None:
     """Runs a kernel on those of the arguments that it has."""
-    device = arguments["q_"].device
     given = {name: arguments[name] for name in kernel.arg_names}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](**given, num_warps=num_warps, num_stages=num_stages)
@@ -564,7 +563,7 @@ def attention(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     block = min(64, _tile(block_size))
     arguments |= dict(out_=out, lse_=lse, **_strides(out=out), BLOCK_M=block, BLOCK_N=block, BLOCK_F=32)
-    _launch(_forward, *_over_blocks(arguments, block, q.shape[0] * q.shape[1]))
+    launch(_forward, q.device, *_over_blocks(arguments, block, q.shape[0] * q.shape[1]))
     return out, lse
 
 
@@ -605,8 +604,8 @@ def attention_backward(
     block = min(64, _tile(block_size))
     arguments |= dict(grad_=grad, out_=out, lse_=lse, delta_=delta, **_strides(grad=grad, out=out), BLOCK_M=block, BLOCK_N=block)
     arguments |= dict(grad_q_=grads[0], grad_k_=grads[1], grad_v_=grads[2], BLOCK_F=32)
-    _launch(_backward_queries, *_over_blocks(arguments, block, rows * repeats))  # first: it makes delta
-    _launch(_backward_keys, *_over_blocks(arguments, block, rows))
+    launch(_backward_queries, device, *_over_blocks(arguments, block, rows * repeats))  # first: it makes delta
+    launch(_backward_keys, device, *_over_blocks(arguments, block, rows))
     grad_counts, grad_bias = (q.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias))
     if not levels:
         return *grads, grad_counts, grad_bias
@@ -621,13 +620,13 @@ def attention_backward(
     tile = min(64, _tile(columns))
     arguments |= dict(part_k_=part_k, part_v_=part_v, sums_=sums, parts=parts, parts_table=_table((_before(pieces),), device))
     arguments |= dict(units=units, UNIT=unit, BLOCK_F=tile, groups=sum(counts), SIDES=1 if causal else 2)
-    _launch(_backward_summaries, rows * units * levels * triton.cdiv(columns, tile), arguments)
+    launch(_backward_summaries, device, rows * units * levels * triton.cdiv(columns, tile), arguments)
 
     def add(parts: torch.Tensor, grad: torch.Tensor, width: int) -> None:
         width *= rank
         tile = min(1024, triton.next_power_of_2(width))
         own = dict(parts_=parts, grad_=grad, WIDTH=width, BLOCK=tile, BLOCK_P=max(1, 4096 // tile), tiles=triton.cdiv(width, tile))
-        _launch(_add_parts, rows * sum(counts) * own["tiles"], arguments | own)
+        launch(_add_parts, device, rows * sum(counts) * own["tiles"], arguments | own)
 
     add(part_k, grads[3], q.shape[-1])
     add(part_v, grads[4], v.shape[-1])
