@@ -1,17 +1,14 @@
 """The GPU kernels: on a GPU where there is one, else under Triton's interpreter; and compiled for GPUs that need not be there."""
 
-import json
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from properties import (
     Case,
-    assert_within,
     documents_do_not_meet,
     exact_when_keys_are_constant,
     exact_when_short,
@@ -22,13 +19,17 @@ from properties import (
     sees_exactly_what_is_visible,
     weights_sum_to_one,
 )
+from tiny_models import build, tokens
 
 import hf_multipole
+from hf_multipole.modeling import state_multipole
 from hf_multipole.modeling.hierarchy import level_count
+from hf_multipole.modeling.multipole_attention import use_kernels
 
 triton = pytest.importorskip("triton")
 
 from hf_multipole.modeling import multipole_triton as kernels  # noqa: E402
+from hf_multipole.modeling import state_triton  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -112,3 +113,137 @@ def test_padding_does_not_matter(causal):
 
 def test_documents_do_not_meet():
     documents_do_not_meet(multipole_attention, replace(FULL, n=17, causal=False, cuts=(3, 12)), DEVICE)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("options", [{"summary": "direct", "size_weighting": False}, {"rotate_summaries": True}], ids=["direct", "rotated"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_on_the_kernels(monkeypatch, options, padded):
+    """A prompt in two pieces, then single tokens, over the ends of blocks of all levels: the logits of the PyTorch path."""
+    model = build(dtype=torch.float32, block_size=2, rank=1, layer_types=["multipole_attention"], **options).to(DEVICE)
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :3] = 1 - padded
+    results, steps, real = [], [], state_triton.step
+    monkeypatch.setattr(state_triton, "step", lambda *arguments: steps.append(arguments) or real(*arguments))
+    for use in (False, True):
+        monkeypatch.setattr(state_multipole, "use_kernels", lambda *_, use=use: use)
+        cache, logits, done = None, [], 0
+        for piece in (5, 3, 1, 1, 1, 1, 1):
+            done += piece
+            with torch.no_grad():
+                out = model(
+                    ids[:, done - piece : done].to(DEVICE), attention_mask=mask[:, :done].to(DEVICE), past_key_values=cache, use_cache=True
+                )
+            cache = out.past_key_values
+            logits.append(out.logits * mask[:, done - piece : done, None].to(DEVICE))
+        results.append(torch.cat(logits, 1))
+        assert len(steps) == (5 if use else 0)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_has_a_cap_and_grouped_heads():
+    """Against its definition, tokens alone; and its registration."""
+    generator = torch.Generator().manual_seed(0)
+    q, keys, values = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((2, 6, 5), (2, 2, 12, 5), (2, 2, 12, 3)))
+    lengths = torch.tensor([9, 14], dtype=torch.int32, device=DEVICE)
+    arguments = (q, keys, values, lengths, 0, None, 12, 4, 4, 2, True, 0.5, 1.5)
+    out = state_triton.step(*arguments)
+    for row, length in enumerate(lengths.tolist()):
+        slots = torch.arange((length // 4 - 1) * 4, length + 1) % 12
+        for head in range(6):
+            k, v = (x[row, head // 3, slots].double() for x in (keys, values))
+            weights = torch.softmax(1.5 * torch.tanh(0.5 * (k @ q[row, head].double()) / 1.5), 0)
+            torch.testing.assert_close(out[row, head].double(), weights @ v, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(state_triton.step, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# The operator
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_parts_of_summaries_meet(monkeypatch, several):
+    """Gradients are the same, whether a program takes all queries that see a group, or a few: to the last bits, and every time."""
+    monkeypatch.setattr(kernels, "_UNIT", 4 if several else 512)
+    matches_reference(multipole_attention, replace(FULL, queries=7, n=21, softcap=None), DEVICE)
+
+
+def test_opcheck():
+    seen = []
+    real = kernels.attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "attention", lambda *arguments: seen.append(arguments) or real(*arguments))
+        for case in (replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)):
+            make(case, device=DEVICE)(multipole_attention)
+    for arguments in seen:
+        leaves = (x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments)
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+        torch.library.opcheck(real, tuple(leaves), test_utils=utils)
+
+
+@pytest.mark.parametrize("case", [FULL, replace(FULL, causal=False, **PACKED)], ids=["plain", "packed and padded"])
+def test_compiles_without_a_graph_break(case):
+    case = replace(case, n=11 if case.cuts is None else case.n)
+    torch._dynamo.reset()
+    compiled = torch.compile(multipole_attention, fullgraph=True, backend="aot_eager")
+    actual, expected = (make(case, device=DEVICE).with_gradients(function) for function in (compiled, multipole_attention))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("options, taken", [({}, True), ({"dropout_p": 0.1}, False), ({"dtype": torch.float64}, False)])
+def test_auto_takes_the_kernels_on_cuda_devices(options, taken):
+    """But for dropout and float64; nowhere else, and nowhere where PyTorch is asked for."""
+    dtype = options.get("dtype", torch.float32)
+    dropout_p = options.get("dropout_p", 0.0)
+    cpu = torch.zeros(1, 1, 1, 1, dtype=dtype)
+    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=cpu.shape)
+    assert use_kernels("auto", gpu, gpu, dropout_p) == taken
+    assert not use_kernels("torch", gpu, gpu, dropout_p)
+    assert not use_kernels("auto", cpu, cpu, dropout_p)
+
+
+# What is refused
+
+
+def small(**options):
+    q = torch.zeros(1, 1, 3, 4)
+    return {"q": q, "k": q, "v": q, "block_size": 2, "rank": 1} | options
+
+
+WIDE = torch.zeros(1, 1, 3, 257)
+REFUSED = {
+    "float64": (
+        {name: torch.zeros(1, 1, 3, 4, dtype=torch.float64) for name in "qkv"},
+        TypeError,
+        "q has torch.float64; pass backend='torch'",
+    ),
+    "wide heads": ({name: WIDE for name in "qkv"}, ValueError, "that of q is 257; pass backend='torch'"),
+    "wide values": ({"v": WIDE}, ValueError, "that of v is 257; pass backend='torch'"),
+    "dropout": ({"dropout_p": 0.1}, ValueError, "dropout_p is 0.1; pass backend='auto' or 'torch'"),
+}
+
+
+@pytest.mark.parametrize("options, error, words", REFUSED.values(), ids=REFUSED)
+def test_refused_with_a_remedy(options, error, words):
+    with pytest.raises(error, match=words):
+        multipole_attention(**{name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in small(**options).items()})
+
+
+def test_a_device_that_has_no_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="q is on cpu; move them, or pass backend='torch'"):
+        multipole_attention(**small())
+
+
+def test_without_triton_or_with_an_old_one(monkeypatch):
+    monkeypatch.delitem(sys.modules, kernels.__name__)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "__version__", "3.1.0")
+        with pytest.raises(ImportError, match="need Triton 3.2 or later, but this is 3.1.0"):
+            multipole_attention(**small(q=torch.zeros(1, 1, 3, 4, device=DEVICE)))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match="pip install 'triton>=3.2', or pass backend='torch'"):
+        multipole_attention(**small())
+    assert hf_multipole.multipole_attention(**small(), backend="torch").shape == (1, 1, 3, 4)

@@ -64,23 +64,68 @@ def _summarise(summary, tokens, validity, levels, kernels):
     return tokens, *(x if x is None else torch.cat([level.flatten(2, 3) for level in x], 2) for x in (summaries, counts))
 
 
-def kernels(backend: str, q: torch.Tensor, v: torch.Tensor, dropout_p: float):
-    """The operator of the GPU kernels where they are to run, else None, for the PyTorch path; see :func:`multipole_attention`."""
+def use_kernels(backend: str, q: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> bool:
+    """Whether the GPU kernels run, rather than the PyTorch path; see :func:`multipole_attention`. Raises where they must but cannot."""
     if backend == "torch" or (backend == "auto" and (q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p)):
-        return None
-    remedy = "; pass backend='torch'"
+        return False
+    remedy = "pass backend='torch'"
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"the kernels of backend='triton' run on CUDA devices, but q is on {q.device}{remedy}, or move the tensors")
+        raise ValueError(f"the GPU kernels need tensors on a CUDA device, but q is on {q.device}; move them, or {remedy}")
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"the kernels of backend='triton' take float32, bfloat16 and float16, but q has {q.dtype}{remedy}")
+        raise TypeError(f"the GPU kernels take float32, bfloat16 and float16, but q has {q.dtype}; {remedy}")
     if dropout_p:
-        raise ValueError(f"the kernels of backend='triton' have no dropout, but dropout_p is {dropout_p}{remedy}, or 'auto'")
-    for name, width in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
+        raise ValueError(f"the GPU kernels have no dropout, but dropout_p is {dropout_p}; pass backend='auto' or 'torch'")
+    for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
         if width > 256:
-            raise ValueError(f"the GPU kernels hold a head_dim of at most 256, but {name} is {width}{remedy}")
+            raise ValueError(f"the GPU kernels take a head_dim of at most 256, but that of {name} is {width}; {remedy}")
+    return True
+
+
+def run_kernels(
+    q,
+    k,
+    v,
+    far_k,
+    far_v,
+    begins: list[int],
+    counts: list[int],
+    *,
+    block_size,
+    rank,
+    first_block,
+    causal,
+    size_weighting,
+    far_bias,
+    softcap,
+    scale,
+    alignment=None,
+    document=None,
+    tokens=None,
+) -> torch.Tensor:
+    """The GPU kernels on whole blocks; begins, counts: groups that are listed of each level; tokens: those that each summary stands for."""
     from .multipole_triton import attention
 
-    return attention
+    return attention(
+        q,
+        k,
+        v,
+        far_k,
+        far_v,
+        None if tokens is None else log_counts(tokens, size_weighting),
+        None if far_bias is None else far_bias.to(far_k.dtype),
+        None if document is None else document.flatten(1),
+        None if alignment is None else alignment.first,
+        None if alignment is None else alignment.last,
+        begins,
+        counts,
+        block_size,
+        rank,
+        first_block,
+        causal,
+        size_weighting,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
+    )[0]
 
 
 def aligned_attention(
@@ -116,7 +161,7 @@ def aligned_attention(
         # One block that holds the row: exact attention.
         block_size, rank, key_summary, value_summary = n, 1, None, None
     dtype = compute_dtype(q.dtype)
-    run = kernels(backend, q, v, dropout_p)
+    kernels = use_kernels(backend, q, v, dropout_p)
     means = MeanSummary(block_size, rank)
 
     # Queries are the last tokens. Without an alignment only their blocks, and one before for the near field, are run.
@@ -141,12 +186,10 @@ def aligned_attention(
         elif not causal and n % (block_size << (levels - 1)):
             validity = (torch.arange(slots, device=q.device) < n)[None]
         if far_keys is None:
-            k, far_k, counts = _summarise(key_summary or means, k, validity, levels, run is not None)
+            k, far_k, counts = _summarise(key_summary or means, k, validity, levels, kernels)
         else:
-            _, far_k, counts = _summarise(
-                key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels, run is not None
-            )
-        v, far_v, _ = _summarise(value_summary or means, v, validity, levels, run is not None)
+            _, far_k, counts = _summarise(key_summary or means, _to_grid(far_keys, alignment, block_size), validity, levels, kernels)
+        v, far_v, _ = _summarise(value_summary or means, v, validity, levels, kernels)
     document = None
     if alignment is not None:
         document = alignment.document.view(batch, 1, blocks, block_size)
@@ -157,34 +200,17 @@ def aligned_attention(
     def to_tokens(x):
         return x[:, :, before : before + queries] if alignment is None else _from_grid(x, alignment, queries)
 
-    if run is not None:
-        out, _ = run(
-            q,
-            k,
-            v,
-            far_k,
-            far_v,
-            log_counts=None if counts is None else log_counts(counts, size_weighting),
-            far_bias=None if far_bias is None else far_bias.to(dtype),
-            document=None if document is None else document.flatten(1),
-            first=None if alignment is None else alignment.first,
-            last=None if alignment is None else alignment.last,
-            begins=[0] * levels,
-            counts=[group_count(slots, block_size, level + 1) for level in range(levels)],
-            block_size=block_size,
-            rank=rank,
-            first_block=first,
-            causal=causal,
-            size_weighting=size_weighting,
-            scale=dim**-0.5 if scale is None else scale,
-            softcap=softcap,
-        )
+    if kernels:
+        groups = [group_count(slots, block_size, level + 1) for level in range(levels)]
+        options = dict(causal=causal, size_weighting=size_weighting, far_bias=far_bias, softcap=softcap, scale=scale)
+        options |= dict(block_size=block_size, rank=rank, first_block=first, alignment=alignment, document=document, tokens=counts)
+        out = run_kernels(q, k, v, far_k, far_v, [0] * levels, groups, **options)
         if not return_weights:
             return to_tokens(out), None
     columns = far_columns(slots, block_size, levels, causal, first, q.device)
     row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
     arguments = block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p)
-    if run is None:
+    if not kernels:
         out = _from_blocks(block_attention(*arguments), batch, kv_heads, repeats, block_size)
     if not return_weights:
         return to_tokens(out), None

@@ -56,7 +56,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _load(start, row, stride, seen, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(start, row, stride, seen, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rows ``(rows, BLOCK)`` of a tensor, zeros where not seen and after DIM."""
     column = tl.arange(0, BLOCK)
     if DIM == BLOCK:
@@ -73,7 +73,7 @@ def _store(start, row, stride, seen, x, DIM: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _logits(a, b, scale, softcap, PRECISION: tl.constexpr):
+def logits(a, b, scale, softcap, PRECISION: tl.constexpr):
     """Logits of all pairs of rows, and the derivative of the cap."""
     x = _dot(a, tl.trans(b), PRECISION) * scale
     slope = 1.0
@@ -86,7 +86,7 @@ def _logits(a, b, scale, softcap, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _absorb(x, v, acc, top, total, PRECISION: tl.constexpr):
+def absorb(x, v, acc, top, total, PRECISION: tl.constexpr):
     """One tile of logits and values into the running softmax: sum of values, greatest logit, sum of weights."""
     new = tl.maximum(top, tl.max(x, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # of a query that has seen nothing yet
@@ -158,9 +158,9 @@ def _near(
     """Keys from ``start`` to ``stop`` into the running softmax; without MASKED every query sees them all."""
     for first in range(start, stop, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        k = _load(k_, key, k_n, key < stop, DIM, BLOCK_D)
-        v = _load(v_, key, v_n, key < stop, WIDTH, BLOCK_W)
-        x, _ = _logits(q, k, scale, softcap, PRECISION)
+        k = load_rows(k_, key, k_n, key < stop, DIM, BLOCK_D)
+        v = load_rows(v_, key, v_n, key < stop, WIDTH, BLOCK_W)
+        x, _ = logits(q, k, scale, softcap, PRECISION)
         if MASKED:
             seen = _visible(query[:, None], key[None, :], stop, document, slots, CAUSAL)
             # Zero times a value that is not finite is NaN: such a value must reach exactly the queries that see its key. So it
@@ -168,7 +168,7 @@ def _near(
             nought = v.to(tl.float32) * 0.0
             v = tl.where(nought == 0, v, 0.0).to(v.dtype)
             x = tl.where(seen, x + tl.sum(nought, 1)[None, :], float("-inf"))
-        acc, top, total = _absorb(x, v, acc, top, total, PRECISION)
+        acc, top, total = absorb(x, v, acc, top, total, PRECISION)
     return acc, top, total
 
 
@@ -197,7 +197,7 @@ def _forward(
     SIDES: tl.constexpr = 1 if CAUSAL else 2
     batch, head, kv_head, block, start, query, real = _place(tiles, blocks, block_size, heads, repeats, BLOCK_M)
     slots = blocks * block_size
-    q = _load(q_ + batch * q_b + head * q_h, query, q_n, real, DIM, BLOCK_D)
+    q = load_rows(q_ + batch * q_b + head * q_h, query, q_n, real, DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -239,10 +239,10 @@ def _forward(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = round_to(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
-        v = round_to(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
-        x, _ = _logits(q, k, scale, softcap, PRECISION)
-        acc, top, total = _absorb(x + bias[None, :], v, acc, top, total, PRECISION)
+        k = round_to(load_rows(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
+        v = round_to(load_rows(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
+        x, _ = logits(q, k, scale, softcap, PRECISION)
+        acc, top, total = absorb(x + bias[None, :], v, acc, top, total, PRECISION)
 
     _store(out_ + batch * out_b + head * out_h, query, out_n, real, acc / total[:, None], WIDTH, BLOCK_W, PRECISION)
     tl.store(lse_ + (batch * heads + head) * slots + query, top + tl.log2(total), real)
@@ -267,9 +267,9 @@ def _backward_queries(
     SIDES: tl.constexpr = 1 if CAUSAL else 2
     batch, head, kv_head, block, start, query, real = _place(tiles, blocks, block_size, heads, repeats, BLOCK_M)
     slots = blocks * block_size
-    q = _load(q_ + batch * q_b + head * q_h, query, q_n, real, DIM, BLOCK_D)
-    grad = _load(grad_ + batch * grad_b + head * grad_h, query, grad_n, real, WIDTH, BLOCK_W)
-    out = _load(out_ + batch * out_b + head * out_h, query, out_n, real, WIDTH, BLOCK_W)
+    q = load_rows(q_ + batch * q_b + head * q_h, query, q_n, real, DIM, BLOCK_D)
+    grad = load_rows(grad_ + batch * grad_b + head * grad_h, query, grad_n, real, WIDTH, BLOCK_W)
+    out = load_rows(out_ + batch * out_b + head * out_h, query, out_n, real, WIDTH, BLOCK_W)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ + (batch * heads + head) * slots + query, delta, real)
     lse = tl.load(lse_ + (batch * heads + head) * slots + query, real, 0.0)
@@ -287,9 +287,9 @@ def _backward_queries(
         high = tl.minimum(high + block_size, slots)
     for key_start in range(low, high, BLOCK_N):
         key = key_start + tl.arange(0, BLOCK_N)
-        k = _load(k_, key, k_n, key < high, DIM, BLOCK_D)
-        v = _load(v_, key, v_n, key < high, WIDTH, BLOCK_W)
-        x, slope = _logits(q, k, scale, softcap, PRECISION)
+        k = load_rows(k_, key, k_n, key < high, DIM, BLOCK_D)
+        v = load_rows(v_, key, v_n, key < high, WIDTH, BLOCK_W)
+        x, slope = logits(q, k, scale, softcap, PRECISION)
         seen = _visible(query[:, None], key[None, :], high, document_, slots, CAUSAL)
         _, inner = _logit_gradient(x, lse[:, None], grad, v, delta[:, None], seen, PRECISION)
         acc += _dot(round_to(inner * slope, k.dtype, PRECISION), k, PRECISION)
@@ -307,9 +307,9 @@ def _backward_queries(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = round_to(_load(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
-        v = round_to(_load(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
-        x, slope = _logits(q, k, scale, softcap, PRECISION)
+        k = round_to(load_rows(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
+        v = round_to(load_rows(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
+        x, slope = logits(q, k, scale, softcap, PRECISION)
         _, inner = _logit_gradient(x + bias[None, :], lse[:, None], grad, v, delta[:, None], seen[None, :], PRECISION)
         acc += _dot(round_to(inner * slope, k.dtype, PRECISION), k, PRECISION)
     _store(grad_q_ + (batch * heads + head) * slots * DIM, query, DIM, real, acc * scale, DIM, BLOCK_D, PRECISION)
@@ -326,8 +326,8 @@ def _backward_keys(
     """Gradients of keys and values in the near field: tiles of their own block and its neighbours, query heads one by one."""
     batch, kv_head, _, block, start, key, real = _place(tiles, blocks, block_size, kv_heads, 1, BLOCK_N)
     slots = blocks * block_size
-    k = _load(k_ + batch * k_b + kv_head * k_h, key, k_n, real, DIM, BLOCK_D)
-    v = _load(v_ + batch * v_b + kv_head * v_h, key, v_n, real, WIDTH, BLOCK_W)
+    k = load_rows(k_ + batch * k_b + kv_head * k_h, key, k_n, real, DIM, BLOCK_D)
+    v = load_rows(v_ + batch * v_b + kv_head * v_h, key, v_n, real, WIDTH, BLOCK_W)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
     if document_ is not None:
@@ -340,11 +340,11 @@ def _backward_keys(
         row = (batch * kv_heads * repeats + head) * slots
         for query_start in range(low, high, BLOCK_M):
             query = query_start + tl.arange(0, BLOCK_M)
-            q = _load(q_ + batch * q_b + head * q_h, query, q_n, query < high, DIM, BLOCK_D)
-            grad = _load(grad_ + batch * grad_b + head * grad_h, query, grad_n, query < high, WIDTH, BLOCK_W)
+            q = load_rows(q_ + batch * q_b + head * q_h, query, q_n, query < high, DIM, BLOCK_D)
+            grad = load_rows(grad_ + batch * grad_b + head * grad_h, query, grad_n, query < high, WIDTH, BLOCK_W)
             lse = tl.load(lse_ + row + query, query < high, float("inf"))
             delta = tl.load(delta_ + row + query, query < high, 0.0)
-            x, slope = _logits(k, q, scale, softcap, PRECISION)
+            x, slope = logits(k, q, scale, softcap, PRECISION)
             seen = _visible(query[None, :], key[:, None], end, document_, slots, CAUSAL) & (query < high)[None, :]
             weights = tl.where(seen, tl.exp2(x - lse[None, :]), 0.0)
             inner = _dot(v, tl.trans(grad), PRECISION) - delta[None, :]
@@ -392,8 +392,8 @@ def _backward_summaries(
         group, summary, _ = _listed(inner, level, block >> level, table, RANK)
         place = group - tl.load(table + 3 * level)
         exists = (inner < tl.where(low < high, COLUMNS, 0)) & (place >= 0) & (place < tl.load(table + 3 * level + 1))
-        k = round_to(_load(far_k_, summary, DIM, exists, DIM, BLOCK_D), q_.dtype.element_ty, PRECISION)
-        v = round_to(_load(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W), q_.dtype.element_ty, PRECISION)
+        k = round_to(load_rows(far_k_, summary, DIM, exists, DIM, BLOCK_D), q_.dtype.element_ty, PRECISION)
+        v = round_to(load_rows(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W), q_.dtype.element_ty, PRECISION)
         part_k = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
         part_v = tl.zeros([BLOCK_F, BLOCK_W], tl.float32)
         for repeat in range(repeats):
@@ -405,8 +405,8 @@ def _backward_summaries(
             sums = tl.zeros([BLOCK_F], tl.float32)
             for query_start in range(low, high, BLOCK_M):
                 query = query_start + tl.arange(0, BLOCK_M)
-                q = _load(q_ + batch * q_b + head * q_h, query, q_n, query < high, DIM, BLOCK_D)
-                grad = _load(grad_ + batch * grad_b + head * grad_h, query, grad_n, query < high, WIDTH, BLOCK_W)
+                q = load_rows(q_ + batch * q_b + head * q_h, query, q_n, query < high, DIM, BLOCK_D)
+                grad = load_rows(grad_ + batch * grad_b + head * grad_h, query, grad_n, query < high, WIDTH, BLOCK_W)
                 lse = tl.load(lse_ + (batch * kv_heads * repeats + head) * slots + query, query < high, float("inf"))
                 delta = tl.load(delta_ + (batch * kv_heads * repeats + head) * slots + query, query < high, 0.0)
                 own = (begin + query // block_size) >> level
@@ -417,7 +417,7 @@ def _backward_summaries(
                     last = tl.load(last_ + at, query < high, 0)
                     width = block_size << level
                     seen &= ((group * width)[:, None] >= first[None, :]) & (((group + 1) * width)[:, None] <= last[None, :])
-                x, slope = _logits(k, q, scale, softcap, PRECISION)
+                x, slope = logits(k, q, scale, softcap, PRECISION)
                 weights = tl.where(seen, tl.exp2(x + bias[:, None] - lse[None, :]), 0.0)
                 change = _dot(v, tl.trans(grad), PRECISION) - delta[None, :]
                 change = tl.where(seen, weights * change, 0.0)
@@ -484,7 +484,7 @@ def _strides(**tensors: torch.Tensor) -> dict[str, int]:
     return {f"{name}_{letter}": stride for name, x in tensors.items() for letter, stride in zip("bhn", x.stride())}
 
 
-def _tile(n: int) -> int:
+def tile_size(n: int) -> int:
     return max(16, triton.next_power_of_2(n))  # products of tiles take at least 16
 
 
@@ -507,7 +507,7 @@ def _arguments(
         rows=batch * kv_heads, heads=heads, kv_heads=kv_heads, repeats=heads // kv_heads,
         blocks=slots // block_size, block_size=block_size, begin=first_block, RANK=rank, CAUSAL=causal,
         size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap,
-        DIM=dim, WIDTH=value_dim, BLOCK_D=_tile(dim), BLOCK_W=_tile(value_dim), PRECISION=PRECISION,
+        DIM=dim, WIDTH=value_dim, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(value_dim), PRECISION=PRECISION,
     )  # fmt: skip
 
 
@@ -561,7 +561,7 @@ def attention(
     )  # fmt: skip
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    block = min(64, _tile(block_size))
+    block = min(64, tile_size(block_size))
     arguments |= dict(out_=out, lse_=lse, **_strides(out=out), BLOCK_M=block, BLOCK_N=block, BLOCK_F=32)
     launch(_forward, q.device, *_over_blocks(arguments, block, q.shape[0] * q.shape[1]))
     return out, lse
@@ -601,7 +601,7 @@ def attention_backward(
     grad = _dense(grad)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, far_k, far_v)]
     delta = torch.empty_like(lse)
-    block = min(64, _tile(block_size))
+    block = min(64, tile_size(block_size))
     arguments |= dict(grad_=grad, out_=out, lse_=lse, delta_=delta, **_strides(grad=grad, out=out), BLOCK_M=block, BLOCK_N=block)
     arguments |= dict(grad_q_=grads[0], grad_k_=grads[1], grad_v_=grads[2], BLOCK_F=32)
     launch(_backward_queries, device, *_over_blocks(arguments, block, rows * repeats))  # first: it makes delta
@@ -617,7 +617,7 @@ def attention_backward(
     columns, parts = (2 if causal else 4) * rank, sum(pieces)
     part_k, part_v = (q.new_empty(rows, parts, columns, x.shape[-1], dtype=torch.float32) for x in (q, v))
     sums = q.new_empty(rows, repeats, parts, columns, dtype=torch.float32)
-    tile = min(64, _tile(columns))
+    tile = min(64, tile_size(columns))
     arguments |= dict(part_k_=part_k, part_v_=part_v, sums_=sums, parts=parts, parts_table=_table((_before(pieces),), device))
     arguments |= dict(units=units, UNIT=unit, BLOCK_F=tile, groups=sum(counts), SIDES=1 if causal else 2)
     launch(_backward_summaries, device, rows * units * levels * triton.cdiv(columns, tile), arguments)

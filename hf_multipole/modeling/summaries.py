@@ -183,14 +183,14 @@ class MeanSummary(nn.Module):
             out.append(self._merge(_groups(out[-1].flatten(2, 3), 2 * self.rank), absolute, kernels))
         return tokens, out
 
-    def _extend(self, tokens: torch.Tensor, levels: int, past: Past) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _extend(self, tokens: torch.Tensor, levels: int, past: Past, kernels: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The groups of each level that ``tokens``, whole blocks or None, finish, and what the open groups hold then."""
-        new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, False)[1]
+        new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, False, kernels)[1]
         out = [new]
         for held in past.held[: levels - 1]:
             children = torch.cat([held.to(new.dtype), new], 2)
             pairs = children[:, :, : children.shape[2] // 2 * 2]
-            new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), False)
+            new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), False, kernels)
             out.append(new)
         return out, []
 
@@ -225,7 +225,7 @@ class MeanSummary(nn.Module):
         With ``kernels`` the GPU kernels compute them.
         """
         if past is not None:
-            return self._extend(tokens, levels, past)
+            return self._extend(tokens, levels, past, kernels)
         tokens, summaries = self._maps(tokens, levels, False, kernels)
         counts = None
         if validity is not None:
@@ -322,7 +322,7 @@ class DirectSummary(_LearnedSummary):
             out.append(summaries)
         return tokens, out
 
-    def _extend(self, tokens, levels, past):
+    def _extend(self, tokens, levels, past, kernels):
         out, sums = [], []
         for level, weight in enumerate(self.levels[:levels]):
             span, phase = 1 << level, past.block % (1 << level)
@@ -332,11 +332,11 @@ class DirectSummary(_LearnedSummary):
                 blocks = rest.shape[2] // self.block_size
                 if phase == 0 and blocks >= span:
                     taken = blocks // span * span
-                    groups.append(_map(rest[:, :, : taken * self.block_size], weight.shape[2], weight)[1])
+                    groups.append(_map(rest[:, :, : taken * self.block_size], weight.shape[2], weight, kernels)[1])
                 else:
                     taken = min(span - phase, blocks)
                     own = slice(phase * self.block_size, (phase + taken) * self.block_size)
-                    part = _map(rest[:, :, : taken * self.block_size], taken * self.block_size, weight[:, :, own])[1][:, :, 0]
+                    part = _map(rest[:, :, : taken * self.block_size], taken * self.block_size, weight[:, :, own], kernels)[1][:, :, 0]
                     total = part + total if phase else part
                     phase = (phase + taken) % span
                     if phase == 0:
