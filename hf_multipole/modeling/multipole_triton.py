@@ -518,6 +518,20 @@ def launch(kernel, device: torch.device, programs: int, arguments: dict, num_war
         kernel[(programs,)](**given, num_warps=num_warps, num_stages=num_stages)
 
 
+def _tiles(arguments: dict) -> tuple[dict, int]:
+    """Tokens and columns of a tile, and warps of a program: what leaves no more than a few bytes outside of registers, compiled for
+    compute capability 8.0 and 9.0 (tests/compiled_kernels.py). A 64 x 64 sum of float32 takes 32 registers of each of 128 threads;
+    the backward passes hold two of them beside two tiles of logits. float32 has no tensor cores here, and takes more threads.
+    """
+    dim, single = max(arguments["BLOCK_D"], arguments["BLOCK_W"]), arguments["q_"].element_size() == 4
+    if single:
+        rows, columns, far, warps = (64, 32, 16, 8) if dim <= 64 else (32, 16, 16, 8) if dim <= 128 else (16, 16, 16, 4)
+    else:
+        rows, columns, far, warps = (64, 32, 32, 4) if dim <= 128 else (32, 32, 16, 4)
+    most = tile_size(arguments["block_size"])
+    return dict(BLOCK_M=min(rows, most), BLOCK_N=min(columns, most), BLOCK_F=far), max(1, warps * min(rows, most) // rows)
+
+
 def _over_blocks(arguments: dict, block: int, rows: int) -> tuple[int, dict]:
     """Programs of a kernel that takes ``block`` tokens of a block at once, and its arguments."""
     tiles = triton.cdiv(arguments["block_size"], block)
@@ -561,9 +575,9 @@ def attention(
     )  # fmt: skip
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    block = min(64, tile_size(block_size))
-    arguments |= dict(out_=out, lse_=lse, **_strides(out=out), BLOCK_M=block, BLOCK_N=block, BLOCK_F=32)
-    launch(_forward, q.device, *_over_blocks(arguments, block, q.shape[0] * q.shape[1]))
+    tiles, warps = _tiles(arguments)
+    arguments |= dict(out_=out, lse_=lse, **_strides(out=out), **tiles)
+    launch(_forward, q.device, *_over_blocks(arguments, tiles["BLOCK_M"], q.shape[0] * q.shape[1]), num_warps=warps)
     return out, lse
 
 
@@ -601,11 +615,12 @@ def attention_backward(
     grad = _dense(grad)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, far_k, far_v)]
     delta = torch.empty_like(lse)
-    block = min(64, tile_size(block_size))
-    arguments |= dict(grad_=grad, out_=out, lse_=lse, delta_=delta, **_strides(grad=grad, out=out), BLOCK_M=block, BLOCK_N=block)
-    arguments |= dict(grad_q_=grads[0], grad_k_=grads[1], grad_v_=grads[2], BLOCK_F=32)
-    launch(_backward_queries, device, *_over_blocks(arguments, block, rows * repeats))  # first: it makes delta
-    launch(_backward_keys, device, *_over_blocks(arguments, block, rows))
+    tiles, warps = _tiles(arguments)
+    arguments |= dict(grad_=grad, out_=out, lse_=lse, delta_=delta, **_strides(grad=grad, out=out), **tiles)
+    arguments |= dict(grad_q_=grads[0], grad_k_=grads[1], grad_v_=grads[2])
+    # The queries first: they make delta.
+    launch(_backward_queries, device, *_over_blocks(arguments, tiles["BLOCK_M"], rows * repeats), num_warps=warps)
+    launch(_backward_keys, device, *_over_blocks(arguments, tiles["BLOCK_N"], rows), num_warps=warps)
     grad_counts, grad_bias = (q.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias))
     if not levels:
         return *grads, grad_counts, grad_bias
@@ -617,10 +632,10 @@ def attention_backward(
     columns, parts = (2 if causal else 4) * rank, sum(pieces)
     part_k, part_v = (q.new_empty(rows, parts, columns, x.shape[-1], dtype=torch.float32) for x in (q, v))
     sums = q.new_empty(rows, repeats, parts, columns, dtype=torch.float32)
-    tile = min(64, tile_size(columns))
+    tile = min(tiles["BLOCK_F"], tile_size(columns))
     arguments |= dict(part_k_=part_k, part_v_=part_v, sums_=sums, parts=parts, parts_table=_table((_before(pieces),), device))
     arguments |= dict(units=units, UNIT=unit, BLOCK_F=tile, groups=sum(counts), SIDES=1 if causal else 2)
-    launch(_backward_summaries, device, rows * units * levels * triton.cdiv(columns, tile), arguments)
+    launch(_backward_summaries, device, rows * units * levels * triton.cdiv(columns, tile), arguments, num_warps=warps)
 
     def add(parts: torch.Tensor, grad: torch.Tensor, width: int) -> None:
         width *= rank
