@@ -32,8 +32,8 @@ from hf_multipole.modeling.multipole_attention import use_kernels
 
 triton = pytest.importorskip("triton")
 
+from hf_multipole.modeling import common_triton, kernels_triton, state_triton  # noqa: E402
 from hf_multipole.modeling import multipole_triton as kernels  # noqa: E402
-from hf_multipole.modeling import state_triton  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
@@ -280,7 +280,8 @@ def test_a_device_that_has_no_kernels(monkeypatch):
 
 
 def test_without_triton_or_with_an_old_one(monkeypatch):
-    monkeypatch.delitem(sys.modules, kernels.__name__)
+    for module in (kernels, common_triton, kernels_triton):
+        monkeypatch.delitem(sys.modules, module.__name__)
     with monkeypatch.context() as patch:
         patch.setattr(triton, "__version__", "3.1.0")
         with pytest.raises(ImportError, match="need Triton 3.2 or later, but this is 3.1.0"):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .multipole_triton import LOG2E, PRECISION, absorb, launch, load_rows, logits, tile_size, tl, triton
+from .common_triton import LOG2E, PRECISION, absorb, launch, load_rows, logits, tile_size, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
