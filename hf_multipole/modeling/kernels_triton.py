@@ -177,7 +177,8 @@ def _logit_gradient(x, lse, grad, v, delta, seen, PRECISION: tl.constexpr):
 @triton.jit
 def backward_queries(
     grad_, out_, q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, table, lse_, delta_, grad_q_,
-    grad_b, grad_h, grad_n, out_b, out_h, out_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, counts_b, counts_h, document_b,
+    grad_b, grad_h, grad_n, out_b, out_h, out_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, grad_q_b, grad_q_h, grad_q_n,
+    counts_b, counts_h, document_b,
     tiles, blocks, block_size, heads, repeats, begin, levels, summaries, biases, size, scale, softcap,
     CAUSAL: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
@@ -231,13 +232,14 @@ def backward_queries(
         x, slope = logits(q, k, scale, softcap, PRECISION)
         _, inner = _logit_gradient(x + bias[None, :], lse[:, None], grad, v, delta[:, None], seen[None, :], PRECISION)
         acc += dot(round_to(inner * slope, k.dtype, PRECISION), k, PRECISION)
-    store_rows(grad_q_ + (batch * heads + head) * slots * DIM, query, DIM, real, acc * scale, DIM, BLOCK_D, PRECISION)
+    store_rows(grad_q_ + batch * grad_q_b + head * grad_q_h, query, grad_q_n, real, acc * scale, DIM, BLOCK_D, PRECISION)
 
 
 @triton.jit
 def backward_keys(
     grad_, q_, k_, v_, document_, lse_, delta_, grad_k_, grad_v_,
     grad_b, grad_h, grad_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, document_b,
+    grad_k_b, grad_k_h, grad_k_n, grad_v_b, grad_v_h, grad_v_n,
     tiles, blocks, block_size, kv_heads, repeats, scale, softcap,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -270,9 +272,8 @@ def backward_keys(
             inner = tl.where(seen, weights * inner, 0.0) * slope
             grad_v += dot(round_to(weights, grad.dtype, PRECISION), grad, PRECISION)
             grad_k += dot(round_to(inner, q.dtype, PRECISION), q, PRECISION)
-    row = (batch * kv_heads + kv_head) * slots
-    store_rows(grad_k_ + row * DIM, key, DIM, real, grad_k * scale, DIM, BLOCK_D, PRECISION)
-    store_rows(grad_v_ + row * WIDTH, key, WIDTH, real, grad_v, WIDTH, BLOCK_W, PRECISION)
+    store_rows(grad_k_ + batch * grad_k_b + kv_head * grad_k_h, key, grad_k_n, real, grad_k * scale, DIM, BLOCK_D, PRECISION)
+    store_rows(grad_v_ + batch * grad_v_b + kv_head * grad_v_h, key, grad_v_n, real, grad_v, WIDTH, BLOCK_W, PRECISION)
 
 
 @triton.jit

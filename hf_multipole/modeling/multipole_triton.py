@@ -78,6 +78,12 @@ def _over_blocks(arguments: dict, block: int, rows: int) -> tuple[int, dict]:
     return rows * arguments["blocks"] * tiles, arguments | {"tiles": tiles}
 
 
+def _outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The heads of a token side by side, as the projection that follows takes them without a copy."""
+    batch, heads, slots, _ = q.shape
+    return q.new_empty(batch, slots, heads, v.shape[-1]).transpose(1, 2), q.new_empty(batch, heads, slots, dtype=torch.float32)
+
+
 @torch.library.custom_op(_NAMESPACE + "::attention", mutates_args=())
 def attention(
     q: torch.Tensor,
@@ -113,12 +119,18 @@ def attention(
         q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, begins, counts, block_size, rank, first_block, causal,
         size_weighting, scale, softcap,
     )  # fmt: skip
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = _outputs(q, v)
     tiles, warps = _tiles(arguments)
     arguments |= dict(out_=out, lse_=lse, **_strides(out=out), **tiles)
     launch(forward, q.device, *_over_blocks(arguments, tiles["BLOCK_M"], q.shape[0] * q.shape[1]), num_warps=warps)
     return out, lse
+
+
+def _gradients(q, k, v, far_k, far_v) -> list[torch.Tensor]:
+    """Those of tokens laid out as they are, if without gaps; of summaries, contiguous."""
+    contiguous = torch.contiguous_format
+    of_tokens = [torch.empty_like(x) if x.stride(-1) == 1 else torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)]
+    return of_tokens + [torch.empty_like(x, memory_format=contiguous) for x in (far_k, far_v)]
 
 
 @torch.library.custom_op(_NAMESPACE + "::attention_backward", mutates_args=())
@@ -153,11 +165,12 @@ def attention_backward(
     )  # fmt: skip
     rows, repeats, levels, device = arguments["rows"], arguments["repeats"], len(counts), q.device
     grad = _dense(grad)
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, far_k, far_v)]
+    grads = _gradients(q, k, v, far_k, far_v)
     delta = torch.empty_like(lse)
     tiles, warps = _tiles(arguments)
     arguments |= dict(grad_=grad, out_=out, lse_=lse, delta_=delta, **_strides(grad=grad, out=out), **tiles)
     arguments |= dict(grad_q_=grads[0], grad_k_=grads[1], grad_v_=grads[2])
+    arguments |= _strides(grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
     # The queries first: they make delta.
     launch(backward_queries, device, *_over_blocks(arguments, tiles["BLOCK_M"], rows * repeats), num_warps=warps)
     launch(backward_keys, device, *_over_blocks(arguments, tiles["BLOCK_N"], rows), num_warps=warps)
@@ -198,13 +211,14 @@ def attention_backward(
 
 @attention.register_fake
 def _(q, k, v, *_):
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _outputs(q, v)
 
 
 @attention_backward.register_fake
 def _(grad, out, lse, q, k, v, far_k, far_v, log_counts, far_bias, *_):
-    given = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, far_k, far_v))
-    return *given, *(q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias))
+    return *_gradients(q, k, v, far_k, far_v), *(
+        q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias)
+    )
 
 
 def _save(ctx, inputs, output):
