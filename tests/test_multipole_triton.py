@@ -280,11 +280,11 @@ def test_without_triton_or_with_an_old_one(monkeypatch):
     for module in (kernels, common_triton, kernels_triton):
         monkeypatch.delitem(sys.modules, module.__name__)
     with monkeypatch.context() as patch:
-        patch.setattr(triton, "__version__", "3.1.0")
-        with pytest.raises(ImportError, match="need Triton 3.2 or later, but this is 3.1.0"):
+        patch.setattr(triton, "__version__", "3.2.0")
+        with pytest.raises(ImportError, match="need Triton 3.3 or later, but this is 3.2.0"):
             multipole_attention(**small())
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match="pip install 'triton>=3.2', or pass backend='torch'"):
+    with pytest.raises(ImportError, match="pip install 'triton>=3.3', or pass backend='torch'"):
         multipole_attention(**small())
     assert hf_multipole.multipole_attention(**small(), backend="torch").shape == (1, 1, 3, 4)
 

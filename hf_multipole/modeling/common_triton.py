@@ -11,12 +11,12 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("the kernels of multipole attention need Triton: pip install 'triton>=3.2', or pass backend='torch'") from error
+    raise ImportError("the kernels of multipole attention need Triton: pip install 'triton>=3.3', or pass backend='torch'") from error
 
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2):
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
     raise ImportError(
-        f"the kernels of multipole attention need Triton 3.2 or later, but this is {triton.__version__}: "
-        "pip install -U triton, or pass backend='torch'"
+        f"the kernels of multipole attention need Triton 3.3 or later, but this is {triton.__version__}: "
+        "upgrade PyTorch, which brings it, or pass backend='torch'"
     )
 
 LOG2E = tl.constexpr(1.4426950408889634)
