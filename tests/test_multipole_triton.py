@@ -29,6 +29,7 @@ from tiny_models import build, tokens
 import hf_multipole
 from hf_multipole.modeling import state_multipole
 from hf_multipole.modeling.multipole_attention import use_kernels
+from hf_multipole.reference import multipole_attention_reference
 
 triton = pytest.importorskip("triton")
 
@@ -114,6 +115,20 @@ def test_padding_does_not_matter(causal):
 
 def test_documents_do_not_meet():
     documents_do_not_meet(multipole_attention, replace(FULL, n=12, repeats=1, causal=False, cuts=(3,)), DEVICE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name, value", [("k", torch.nan), ("v", torch.nan), ("v", torch.inf), ("q", torch.nan)])
+def test_what_is_not_finite_reaches_the_queries_that_see_it(name, value, causal):
+    """All channels of them, but no other query."""
+    case = replace(FULL, repeats=1, causal=causal, summary="mean", far_keys=False, softcap=None)
+    call = make(case if causal else replace(case, cuts=(9,)))
+    with torch.no_grad():
+        call.leaves[name][:, 0, 5, 1] = value
+    expected = call(multipole_attention_reference).isfinite().all(-1)
+    call = type(call)({key: x.to(DEVICE) for key, x in call.leaves.items()}, call.options, call.upstream)
+    assert torch.equal(call(multipole_attention).isfinite().all(-1).cpu(), expected)
+    assert not expected.all() and expected.any()
 
 
 # Sizes of models

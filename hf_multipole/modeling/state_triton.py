@@ -96,7 +96,8 @@ def step(
         far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
         kv_heads=kv_heads, repeats=heads // kv_heads, slots=slots, ring=ring, groups=groups, levels=(slots - ring) // (groups * rank),
         block_size=block_size, size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap, RANK=rank,
-        DIM=dim, WIDTH=width, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(width), BLOCK_M=tile_size(heads // kv_heads), BLOCK_N=32 if max(dim, width) <= 128 else 16,
+        DIM=dim, WIDTH=width, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(width),
+        BLOCK_M=tile_size(heads // kv_heads), BLOCK_N=32 if max(dim, width) <= 128 else 16,
         PRECISION=PRECISION,
     )  # fmt: skip
     launch(_step, q.device, batch * kv_heads, arguments)
