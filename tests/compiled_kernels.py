@@ -88,10 +88,11 @@ def compile_all(capability: int, dtype: torch.dtype, dim: int, everything: bool)
         log_counts, document = leaf(batch, kv_heads, sum(counts) * rank), leaf(batch, n, dtype=torch.long)
         first = leaf(batch, n // block_size, dtype=torch.long)
     softcap, plain = (30.0 if everything else None), (block_size, rank, 0, not everything, True, dim**-0.5)
-    out, _ = multipole_triton.attention(
+    out, lse = multipole_triton.attention(
         q, k, v, far_k, far_v, log_counts, bias, document, first, first, [0] * levels, counts, *plain, softcap
     )
-    out.backward(torch.zeros_like(out))
+    used = [out, lse] if everything else [out]
+    torch.autograd.backward(used, [torch.zeros_like(x) for x in used])
     groups, weight = k.detach().unflatten(2, (-1, block_size)), leaf(kv_heads, rank, block_size, dim, dtype=dtype).detach()
     grad = summaries_triton.depthwise_map(groups, weight)
     summaries_triton.depthwise_map_backward_(groups.clone(), grad, groups, weight)

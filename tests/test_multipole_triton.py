@@ -1,6 +1,7 @@
 """The GPU kernels: on a GPU where there is one, else under Triton's interpreter; and compiled for GPUs that need not be there."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -216,6 +217,33 @@ def test_a_step_has_a_cap_and_grouped_heads():
 
 
 # The operator
+
+
+def test_the_log_sum_exp_has_a_gradient():
+    """One block, without a far field, against PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(1, 2, 6, 5, generator=generator, dtype=torch.float64) for _ in range(4))
+    of_lse, far = torch.randn(1, 2, 6, generator=generator, dtype=torch.float64), torch.zeros(1, 2, 0, 5, device=DEVICE)
+
+    def ours(q, k, v):
+        return kernels.attention(q, k, v, far, far, None, None, None, None, None, [], [], 6, 1, 0, True, True, 0.5, None)
+
+    def exact(q, k, v):
+        logits = (q @ k.transpose(2, 3) * 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1) / math.log(2)
+
+    results = []
+    for function, dtype, device in ((ours, torch.float32, DEVICE), (exact, torch.float64, "cpu")):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        for weights in ((upstream, of_lse), (0 * upstream, of_lse)):
+            given = [x.to(device, dtype) for x in weights]
+            results.append(torch.autograd.grad(function(*leaves), leaves, given))
+        results.append(
+            torch.autograd.grad(function(*leaves)[1], leaves, of_lse.to(device, dtype), allow_unused=True, materialize_grads=True)
+        )
+    for actual, expected in zip(results[:3], results[3:]):
+        for a, b in zip(actual, expected):
+            torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=1e-5)
 
 
 def test_parts_of_summaries_meet(monkeypatch):

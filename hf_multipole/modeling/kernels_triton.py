@@ -176,14 +176,16 @@ def _logit_gradient(x, lse, grad, v, delta, seen, PRECISION: tl.constexpr):
 
 @triton.jit
 def backward_queries(
-    grad_, out_, q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, table, lse_, delta_, grad_q_,
+    grad_, grad_lse_, out_, q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, table, lse_, delta_, grad_q_,
     grad_b, grad_h, grad_n, out_b, out_h, out_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, grad_q_b, grad_q_h, grad_q_n,
     counts_b, counts_h, document_b,
     tiles, blocks, block_size, heads, repeats, begin, levels, summaries, biases, size, scale, softcap,
     CAUSAL: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries; also keeps ``delta``, the product of output and its gradient, for the other kernels."""
+    """Gradient of the queries; also keeps ``delta`` for the other kernels: what is taken from the slope of every logit of a query, the
+    product of its output and the output's gradient, less what comes through its log-sum-exp.
+    """
     SIDES: tl.constexpr = 1 if CAUSAL else 2
     batch, head, kv_head, block, start, query, real = _place(tiles, blocks, block_size, heads, repeats, BLOCK_M)
     slots = blocks * block_size
@@ -191,6 +193,8 @@ def backward_queries(
     grad = load_rows(grad_ + batch * grad_b + head * grad_h, query, grad_n, real, WIDTH, BLOCK_W)
     out = load_rows(out_ + batch * out_b + head * out_h, query, out_n, real, WIDTH, BLOCK_W)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    if grad_lse_ is not None:
+        delta -= tl.load(grad_lse_ + (batch * heads + head) * slots + query, real, 0.0) * LOG2E
     tl.store(delta_ + (batch * heads + head) * slots + query, delta, real)
     lse = tl.load(lse_ + (batch * heads + head) * slots + query, real, 0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -136,6 +136,7 @@ def _gradients(q, k, v, far_k, far_v) -> list[torch.Tensor]:
 @torch.library.custom_op(_NAMESPACE + "::attention_backward", mutates_args=())
 def attention_backward(
     grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     q: torch.Tensor,
@@ -168,7 +169,15 @@ def attention_backward(
     grads = _gradients(q, k, v, far_k, far_v)
     delta = torch.empty_like(lse)
     tiles, warps = _tiles(arguments)
-    arguments |= dict(grad_=grad, out_=out, lse_=lse, delta_=delta, **_strides(grad=grad, out=out), **tiles)
+    arguments |= dict(
+        grad_=grad,
+        grad_lse_=None if grad_lse is None else grad_lse.contiguous(),
+        out_=out,
+        lse_=lse,
+        delta_=delta,
+        **_strides(grad=grad, out=out),
+        **tiles,
+    )
     arguments |= dict(grad_q_=grads[0], grad_k_=grads[1], grad_v_=grads[2])
     arguments |= _strides(grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
     # The queries first: they make delta.
@@ -215,7 +224,7 @@ def _(q, k, v, *_):
 
 
 @attention_backward.register_fake
-def _(grad, out, lse, q, k, v, far_k, far_v, log_counts, far_bias, *_):
+def _(grad, grad_lse, out, lse, q, k, v, far_k, far_v, log_counts, far_bias, *_):
     return *_gradients(q, k, v, far_k, far_v), *(
         q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias)
     )
@@ -224,12 +233,13 @@ def _(grad, out, lse, q, k, v, far_k, far_v, log_counts, far_bias, *_):
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*output, *inputs[:10])
     ctx.plain = inputs[10:]
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad, grad_lse):
     out, lse, *tensors = ctx.saved_tensors
-    grads = attention_backward(grad, out, lse, *tensors, *ctx.plain)
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = attention_backward(grad, grad_lse, out, lse, *tensors, *ctx.plain)
     grads = [None if x is None else grad for x, grad in zip(tensors, grads)]
     return *grads, *[None] * (3 + len(ctx.plain))
 
