@@ -2,16 +2,21 @@
 
     python scripts/benchmark.py --output runs/benchmark
     python scripts/benchmark.py --lengths 1024 4096 --methods sdpa multipole-hierarchical --repeats 3
+    python scripts/benchmark.py --device cuda --output runs/benchmark-gpu      # the kernels, bfloat16, some minutes
 
 Methods take turns, one call of each a round, so that they share whatever else the machine does. Times are medians ± half the
 interquartile range. "x sdpa": how many times faster than causal scaled_dot_product_attention in the same run. "x floor": the time
 over that of the multiply-adds alone (2 products forward, 6 in all, of the queries with the columns given to them) at the rate of a
-large matrix product in the same rounds. "CPU": processor over wall time; under the number of threads, the machine was busy.
+large matrix product in the same rounds; "x bytes": over that of reading and writing every argument, result and gradient once at the
+rate of a copy. One over the lesser of the two is the share of what the machine can do. "CPU": processor over wall time; under the
+number of threads, the machine was busy.
 Memory is what a forward and backward needs above inputs, weights and incoming gradient: outputs, gradients and all between. On the
 CPU (Linux) a fresh process compares its resident set before with the highest since; on CUDA it is max_memory_allocated.
 "multipole-linear" is the O(n) form, with hierarchical summaries.
 Multipole methods and "near", the near field alone, are first checked against hf_multipole.reference, values and gradients; if one
 is wrong, nothing is timed. h-transformer-1d and local-attention (window 128) run where installed (extra "peers"), less projections.
+On CUDA devices the multipole methods run the GPU kernels, "multipole-pytorch" is the hierarchical one without them, and "flex-window"
+is PyTorch's compiled flex_attention to the last two blocks' width of tokens; the default is bfloat16, so that sdpa is flash attention.
 What would take more than --max-seconds-per-method at a length is left out; sdpa is then scaled by n^2, marked ~.
 """
 
@@ -38,11 +43,20 @@ from hf_multipole.modeling.multipole_torch import block_attention
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 from hf_multipole.reference import multipole_attention_reference
 
-MULTIPOLE = ("multipole-mean", "multipole-direct", "multipole-hierarchical", "multipole-linear", "multipole-bidirectional")
+MULTIPOLE = (
+    "multipole-mean",
+    "multipole-direct",
+    "multipole-hierarchical",
+    "multipole-linear",
+    "multipole-bidirectional",
+    "multipole-pytorch",
+)
 PEERS = {"h-transformer-1d": "h_transformer_1d", "local-attention": "local_attention"}
-METHODS = ("sdpa", "near", *MULTIPOLE, *PEERS)
+ON_CUDA = ("multipole-pytorch", "flex-window")
+METHODS = ("sdpa", "near", *MULTIPOLE, "flex-window", *PEERS)
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
 PASSES = {"forward": 1, "both": 3}  # and their products, in forward passes
+MOVED = {"forward": (2, 2), "both": (6, 6)}  # tensors of the size of q, and of k, that must be read or written
 
 
 def near_attention(q, k, v, block_size):
@@ -54,6 +68,15 @@ def near_attention(q, k, v, block_size):
     tokens = (x.reshape(-1, block_size, dim) for x in (k, v))
     out = block_attention(rows, *tokens, far, far, listed, bias, None, True, q.shape[2], dim**-0.5, None, 0.0, None)
     return out.view(batch, kv_heads, q.shape[2], -1, block_size, dim).transpose(2, 3).reshape(batch, heads, -1, dim)[:, :, :n]
+
+
+def flex_window(q, k, v, window):
+    """PyTorch's own kernel for attention to the last ``window`` tokens."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    n = q.shape[2]
+    mask = flex.create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), None, None, n, n, device=q.device)
+    compiled = torch.compile(flex.flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def make_inputs(o, n, heads, kv_heads):
@@ -81,9 +104,12 @@ def build(o, method, inputs):
     heads, kv_heads, n = o.heads, o.kv_heads, q.shape[2]
     if method in MULTIPOLE:
         options, weights = multipole_options(o, method, n, kv_heads)
-        return lambda: multipole_attention(q, k, v, **options), [*inputs, *weights]
+        backend = "torch" if method == "multipole-pytorch" else "auto"
+        return lambda: multipole_attention(q, k, v, **options, backend=backend), [*inputs, *weights]
     if method == "sdpa":
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads), inputs
+    if method == "flex-window":
+        return flex_window(q, k, v, 2 * o.block_size), inputs
     if method == "near":
         return lambda: near_attention(q, k, v, o.block_size), inputs
     # The others know no groups of heads.
@@ -118,7 +144,8 @@ def verify(o, method):
     for summary in (options["key_summary"], options["value_summary"]):
         summary.to(o.device)
     inputs = [x.detach().to(o.device).requires_grad_() for x in inputs]
-    out = near_attention(*inputs, o.block_size) if method == "near" else multipole_attention(*inputs, **options)
+    backend = "torch" if method == "multipole-pytorch" else "auto"
+    out = near_attention(*inputs, o.block_size) if method == "near" else multipole_attention(*inputs, **options, backend=backend)
     got = [out, *torch.autograd.grad(out, [*inputs, *weights], upstream.to(o.device))]
     return torch.stack([(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(got, wanted)]).max().item()
 
@@ -140,7 +167,7 @@ def timed(device, work, *arguments):
 
 
 def peak_memory(o, method, n):
-    """Extra bytes of one forward and backward in this process, which must be a fresh one."""
+    """Extra bytes of one forward and backward in this process, which on the CPU must be a fresh one."""
     cuda = torch.device(o.device).type == "cuda"
 
     def held(field):
@@ -166,20 +193,26 @@ def memory_in_new_process(arguments, method, n):
     tqdm.write(f"{method} at {n}: no memory figure: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")
 
 
+def moved_bytes(o, n, name):
+    """Every argument, result and gradient once: q, k, v, out; and backward all of them, with the gradients that come and go."""
+    of_queries, of_keys = MOVED[name]
+    return o.batch * n * o.head_dim * o.torch_dtype.itemsize * (of_queries * o.heads + of_keys * o.kv_heads)
+
+
 def forward_flops(o, method, n):
     """Of the two products of all queries with the columns given to them."""
     sides = 2 if method == "multipole-bidirectional" else 1
     near = o.block_size * len(near_offsets(math.ceil(n / o.block_size), sides == 1))
-    far = 2 * sides * o.rank * level_count(n, o.block_size) if method in MULTIPOLE else 0
+    far = 2 * sides * o.rank * level_count(n, o.block_size) if method in MULTIPOLE else 0  # flex-window: as near
     if method == "multipole-linear":
         far = 4 * o.rank**2 / o.block_size  # at most: twice rank of a block's queries, all levels taken together
     return o.batch * o.heads * n * 4 * o.head_dim * ((n + 1) / 2 if method == "sdpa" else min(n, near + far))
 
 
 def measure(o, n, earlier, bar):
-    """Adds all methods at one length, in turns, to the earlier results; returns the rate of the matrix product meanwhile."""
+    """Adds all methods at one length, in turns, to the earlier results; returns the rates of a matrix product and a copy meanwhile."""
     inputs, upstream = make_inputs(o, n, o.heads, o.kv_heads)
-    results, calls, rounds, gemm = {}, {}, {}, []
+    results, calls, rounds, gemm, copies = {}, {}, {}, [], []
     for method in o.methods:
         bar.set_postfix_str(f"n = {n}, first call of {method}")
         result = results[method] = {"method": method, "n": n, "note": ""}
@@ -202,15 +235,19 @@ def measure(o, n, earlier, bar):
         result["samples"] = {name: [] for name in PASSES}
     bar.update(1)
 
-    matrix = torch.randn(1024, 1024, device=o.device, dtype=o.torch_dtype)
+    size = 1024 if torch.device(o.device).type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=o.device, dtype=o.torch_dtype)
+    source, target = torch.zeros(2, 2**26, device=o.device, dtype=torch.uint8)  # more than caches hold
     for i in range(o.repeats):
         gemm.append(timed(o.device, torch.mm, matrix, matrix)[0])
+        copies.append(timed(o.device, target.copy_, source)[0])
         for method in (method for method in calls if i < rounds[method]):
             bar.set_postfix_str(f"n = {n}, {method}")
             for name, samples in results[method]["samples"].items():
                 samples.append(timed(o.device, run, *calls[method], upstream, name == "both"))
         bar.update(1)
     rate = 2 * len(matrix) ** 3 / sorted(gemm)[len(gemm) // 2]
+    copied = 2 * source.nbytes / sorted(copies)[len(copies) // 2]
     for method, result in results.items():
         for name, samples in result.get("samples", {}).items():
             wall, cpu = torch.tensor(samples, dtype=torch.float64).unbind(1)
@@ -219,28 +256,32 @@ def measure(o, n, earlier, bar):
         for name in PASSES:
             if name in result and method not in PEERS:
                 result[name]["floor"] = forward_flops(o, method, n) * PASSES[name] / rate
+                result[name]["bytes"] = moved_bytes(o, n, name) / copied
             if name in result and name in results.get("sdpa", {}):
                 result[name]["speedup"] = results["sdpa"][name]["median"] / result[name]["median"]
     earlier += results.values()
-    return rate
+    return rate, copied
 
 
 def table(results, rates):
     """The results in Markdown."""
-    lines = ["| n | method | forward, ms | x sdpa | x floor | forward + backward, ms | x sdpa | x floor | CPU | extra memory, MB |"]
-    lines.append("|---:|---|" + "---:|" * 8)
+    each = "x sdpa | x floor | x bytes"
+    lines = [f"| n | method | forward, ms | {each} | forward + backward, ms | {each} | CPU | extra memory, MB |"]
+    lines.append("|---:|---|" + "---:|" * 10)
     for r in results:
         cells = [f"{r['n']:,}", r["method"]]
         for name in PASSES:
             x = r.get(name, {})
             text = f"{'' if 'spread' in x else '~'}{x['median'] * 1e3:,.1f}" if x else "-"
             text += f" ±{x['spread'] / x['median']:.0%}" if "spread" in x else ""
-            cells += [text, f"{x['speedup']:.3g}" if "speedup" in x else "", f"{x['median'] / x['floor']:.3g}" if "floor" in x else ""]
+            floors = [f"{x['median'] / x[floor]:.3g}" if floor in x else "" for floor in ("floor", "bytes")]
+            cells += [text, f"{x['speedup']:.3g}" if "speedup" in x else "", *floors]
         cells.append(f"{r['both']['cpu']:.2f}" if "samples" in r else "")
         cells.append(f"{r['memory'] / 1e6:,.0f}" if r.get("memory") is not None else "")
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"- {r['method']} at {r['n']:,}: {r['note']}" for r in results if r["note"]]
-    notes.append(f"- matrix product: {', '.join(f'{rate / 1e9:.0f} Gflop/s at {n:,}' for n, rate in rates.items())}")
+    at = ", ".join(f"{rate / 1e9:,.0f} Gflop/s and {copied / 1e9:,.0f} GB/s at {n:,}" for n, (rate, copied) in rates.items())
+    notes.append(f"- matrix product and copy: {at}")
     return "\n".join([*lines, "", *notes])
 
 
@@ -283,7 +324,7 @@ def parse(arguments):
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that are installed")
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
+    parser.add_argument("--dtype", choices=TOLERANCE, help="default: float32; bfloat16 on CUDA devices")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
@@ -291,12 +332,15 @@ def parse(arguments):
     o = parser.parse_args(arguments)
     o.kv_heads = o.heads if o.kv_heads is None else o.kv_heads
     o.lengths = sorted(set(o.lengths))
+    o.dtype = o.dtype or ("bfloat16" if o.device == "cuda" else "float32")
     o.torch_dtype = getattr(torch, o.dtype)
     installed = [method for method in METHODS if method not in PEERS or find_spec(PEERS[method])]
+    installed = [method for method in installed if method not in ON_CUDA or o.device == "cuda"]
     o.methods = [method for method in METHODS if method in (o.methods or installed)]
     numbers = {"lengths": o.lengths[0]} | {name: x for name, x in vars(o).items() if type(x) in (int, float)}
     faults = [f"--{name.replace('_', '-')} {x} must be positive" for name, x in numbers.items() if not x > 0]
-    faults += [f"--methods {m} is not installed; pip install -e '.[peers]'" for m in o.methods if m not in installed]
+    faults += [f"--methods {m} is not installed; pip install -e '.[peers]'" for m in o.methods if m in PEERS and m not in installed]
+    faults += [f"--methods {m} needs --device cuda" for m in o.methods if m in ON_CUDA and m not in installed]
     for large, small in () if faults else (("heads", "kv_heads"), ("block_size", "rank")):
         if getattr(o, large) % getattr(o, small):
             faults.append(f"--{small.replace('_', '-')} {getattr(o, small)} must divide --{large.replace('_', '-')} {getattr(o, large)}")
@@ -338,11 +382,18 @@ def main(arguments):
         for result in [] if o.no_memory else results:
             method, n = result["method"], result["n"]
             bar.set_postfix_str(f"n = {n}, memory of {method}")
-            result["memory"] = memory_in_new_process(arguments, method, n) if "samples" in result else None
+            measured = peak_memory if o.device == "cuda" else memory_in_new_process
+            result["memory"] = measured(o if o.device == "cuda" else arguments, method, n) if "samples" in result else None
             bar.update(1)
     print(text := table(results, rates))
     command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, float, str, list))}
-    record = {"command": command, "machine": machine(o), "options": options, "gemm_flops_per_second": rates, "results": results}
+    record = {
+        "command": command,
+        "machine": machine(o),
+        "options": options,
+        "gemm_flops_and_copied_bytes_per_second": rates,
+        "results": results,
+    }
     (o.output / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
     (o.output / "benchmark.md").write_text(f"    {command}\n\n{text}\n")
     if find_spec("matplotlib"):

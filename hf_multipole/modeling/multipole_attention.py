@@ -1,12 +1,13 @@
 """Fast multipole attention: the function, its checks, and what it hands to the operator on blocks (arXiv 2310.11960)."""
 
 import math
+import os
 
 import torch
 from torch import nn
 
-from .hierarchy import Alignment, align_rows, block_of, check_rows, far_columns, level_count, near_offsets
-from .multipole_linear import far_results, first_queries, segment_attention
+from .hierarchy import Alignment, align_rows, block_of, check_rows, far_columns, group_count, level_count, near_offsets
+from .multipole_linear import far_results, first_queries, merge, segment_attention
 from .multipole_torch import block_attention, block_weights
 from .summaries import MeanSummary, compute_dtype
 
@@ -30,6 +31,13 @@ def _from_grid(grid: torch.Tensor, alignment: Alignment, n: int) -> torch.Tensor
     return out.masked_fill(~alignment.valid[:, None, -n:, None], 0)
 
 
+def log_counts(counts: torch.Tensor, size_weighting: bool) -> torch.Tensor:
+    """What size weighting adds to the logits of summaries that stand for so many tokens; -inf where for none."""
+    none = counts <= 0
+    logarithm = torch.where(none, 1, counts).log() if size_weighting else torch.zeros_like(counts)
+    return torch.where(none, -torch.inf, logarithm)
+
+
 def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype):
     """Row of every listed summary ``(blocks, columns)`` and what is added to its logit, -inf where it is not seen
     ``(batch or 1, kv_heads or 1, blocks, repeats or 1, columns)``.
@@ -44,9 +52,7 @@ def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_hea
         counts = (columns.width.to(dtype) / rank).repeat_interleave(rank).expand(1, 1, *row.shape)
     else:
         counts = counts[:, :, row]
-        hidden = hidden | (counts <= 0)
-    bias = torch.where(hidden, 1, counts).log() if size_weighting else torch.zeros_like(counts)
-    bias = torch.where(hidden, -torch.inf, bias)[:, :, :, None]
+    bias = torch.where(hidden, -torch.inf, log_counts(counts, size_weighting))[:, :, :, None]
     if far_bias is not None:
         level = (columns.level.clamp(max=far_bias.shape[1]) - 1).repeat_interleave(rank)
         bias = bias + far_bias.to(dtype)[:, level].unflatten(0, (kv_heads, -1))[None, :, None]
@@ -56,6 +62,74 @@ def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_hea
 def _side_by_side(levels: list[torch.Tensor] | None) -> torch.Tensor | None:
     """``(batch, heads, groups, rank, ...)`` a level to ``(batch, heads, summaries, ...)``."""
     return None if levels is None else torch.cat([x.flatten(2, 3) for x in levels], 2)
+
+
+def use_kernels(backend: str, q: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> bool:
+    """Whether the GPU kernels run, rather than the PyTorch path; see :func:`multipole_attention`. Raises where they must but cannot."""
+    if backend == "torch" or (backend == "auto" and (q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p)):
+        return False
+    remedy = "pass backend='torch'"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"the GPU kernels need tensors on a CUDA device, but q is on {q.device}; move them, or {remedy}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"the GPU kernels take float32, bfloat16 and float16, but q has {q.dtype}; {remedy}")
+    if dropout_p:
+        raise ValueError(f"the GPU kernels have no dropout, but dropout_p is {dropout_p}; pass backend='auto' or 'torch'")
+    for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if width > 256:
+            raise ValueError(f"the GPU kernels take a head_dim of at most 256, but that of {name} is {width}; {remedy}")
+    return True
+
+
+def run_kernels(
+    q,
+    k,
+    v,
+    far_k,
+    far_v,
+    begins: list[int],
+    counts: list[int],
+    *,
+    block_size,
+    rank,
+    first_block,
+    causal,
+    size_weighting,
+    far_bias,
+    softcap,
+    scale,
+    alignment=None,
+    document=None,
+    tokens=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The GPU kernels on whole blocks, and the log-sum-exp of the logits, ``(batch, heads, slots)`` float32.
+
+    begins, counts: groups that are listed of each level; tokens: those that each summary stands for.
+    """
+    from .multipole_triton import attention
+
+    out, binary = attention(
+        q,
+        k,
+        v,
+        far_k,
+        far_v,
+        None if tokens is None else log_counts(tokens, size_weighting),
+        None if far_bias is None else far_bias.to(far_k.dtype),
+        None if document is None else document.flatten(1),
+        None if alignment is None else alignment.first,
+        None if alignment is None else alignment.last,
+        begins,
+        counts,
+        block_size,
+        rank,
+        first_block,
+        causal,
+        size_weighting,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
+    )
+    return out, binary * math.log(2)
 
 
 def aligned_attention(
@@ -77,6 +151,7 @@ def aligned_attention(
     downsample_queries: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    backend: str = "auto",
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`multipole_attention` for arguments that have been checked, padding and segments given as their alignment.
@@ -99,6 +174,7 @@ def aligned_attention(
         # One block that holds the row: exact attention.
         block_size, rank, key_summary, value_summary = n, 1, None, None
     dtype = compute_dtype(q.dtype)
+    kernels = use_kernels(backend, q, v, dropout_p)
     means = MeanSummary(block_size, rank)
 
     # Queries are the last tokens. Without an alignment only their blocks, and one before for the near field, are run.
@@ -113,7 +189,7 @@ def aligned_attention(
     # A document has no more levels than a row of n tokens, though a packed grid is longer.
     levels = min(level_count(n, block_size), level_count(slots, block_size))
     far_k, far_v = ([x.new_zeros(batch, kv_heads, 0, rank, x.shape[-1], dtype=dtype)] for x in (k, v))
-    counts = None
+    counts, all_of_it = None, {"everything": True, "kernels": kernels}
     if levels:
         # In the causal case every visible group is full: no masses, and the counts are known.
         validity = None
@@ -122,11 +198,10 @@ def aligned_attention(
         elif not causal and n % (block_size << (levels - 1)):
             validity = (torch.arange(slots, device=q.device) < n)[None]
         if far_keys is None:
-            k, far_k, counts = (key_summary or means)(k, validity, levels, everything=True)
+            k, far_k, counts = (key_summary or means)(k, validity, levels, **all_of_it)
         else:
-            _, far_k, counts = (key_summary or means)(_to_grid(far_keys, alignment, block_size), validity, levels, everything=True)
-        v, far_v, _ = (value_summary or means)(v, validity, levels, everything=True)
-
+            _, far_k, counts = (key_summary or means)(_to_grid(far_keys, alignment, block_size), validity, levels, **all_of_it)
+        v, far_v, _ = (value_summary or means)(v, validity, levels, **all_of_it)
     document = None
     if alignment is not None:
         document = alignment.document.view(batch, 1, blocks, block_size)
@@ -136,28 +211,43 @@ def aligned_attention(
         if causal:
             q, far_q = first_queries(q, block_size, rank, levels)
         else:
-            q, far_q, _ = (query_summary or means)(q, validity, levels, everything=True)
+            q, far_q, _ = (query_summary or means)(q, validity, levels, **all_of_it)
             far_q = [x.flatten(2, 3) for x in far_q]
         options = {"scale": dim**-0.5 if scale is None else scale, "softcap": softcap, "dropout_p": dropout_p}
         far = far_results(far_q, far_k, far_v, counts, alignment, block_size, rank, causal, size_weighting, far_bias, **options)
-        out = attend_segments(q, k, v, *far, document, block_size, causal, **options)
+        if kernels:
+            none = (x[0][:, :, 0, :0] for x in (far_k, far_v))
+            options = {"causal": causal, "size_weighting": size_weighting, "far_bias": None, "softcap": softcap, "scale": scale}
+            options |= {"block_size": block_size, "rank": rank, "first_block": 0, "alignment": alignment, "document": document}
+            out, total = run_kernels(q, k, v, *none, [], [], **options)
+            far = (x.repeat_interleave(block_size // rank, 2) for x in far)
+            out = merge((out.to(dtype), total.to(dtype)), tuple(far))[0].to(q.dtype)
+        else:
+            out = attend_segments(q, k, v, *far, document, block_size, causal, **options)
         return out[:, :, :n] if alignment is None else _from_grid(out, alignment, n), None
 
-    columns = far_columns(slots, block_size, levels, causal, first, q.device)
     far_k, far_v, counts = (_side_by_side(x) for x in (far_k, far_v, counts))
-    row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
     k, v = (x[:, :, first * block_size :] for x in (k, v))
-    arguments = block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p)
 
     def to_tokens(x):
-        x = _from_blocks(x, batch, kv_heads, repeats, block_size)
         return x[:, :, before : before + queries] if alignment is None else _from_grid(x, alignment, queries)
 
-    out = block_attention(*arguments)
+    if kernels:
+        groups = [group_count(slots, block_size, level + 1) for level in range(levels)]
+        options = dict(causal=causal, size_weighting=size_weighting, far_bias=far_bias, softcap=softcap, scale=scale)
+        options |= dict(block_size=block_size, rank=rank, first_block=first, alignment=alignment, document=document, tokens=counts)
+        out, _ = run_kernels(q, k, v, far_k, far_v, [0] * levels, groups, **options)
+        if not return_weights:
+            return to_tokens(out), None
+    columns = far_columns(slots, block_size, levels, causal, first, q.device)
+    row, bias = far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_heads, dtype)
+    arguments = block_arguments(q, k, v, far_k, far_v, row, bias, document, block_size, causal, scale, softcap, dropout_p)
+    if not kernels:
+        out = _from_blocks(block_attention(*arguments), batch, kv_heads, repeats, block_size)
     if not return_weights:
         return to_tokens(out), None
-    near, far = _dense_weights(block_weights(*arguments), row, blocks, first, slots, far_k.shape[2], block_size, causal)
-    near, far = to_tokens(near), to_tokens(far)
+    weights = _dense_weights(block_weights(*arguments), row, blocks, first, slots, far_k.shape[2], block_size, causal)
+    near, far = (to_tokens(_from_blocks(x, batch, kv_heads, repeats, block_size)) for x in weights)
     if alignment is not None:
         near = near.gather(3, alignment.slot[:, None, None].expand(*near.shape[:3], n)) * alignment.valid[:, None, None]
     return to_tokens(out), torch.cat([near[..., :n], far], -1)
@@ -301,7 +391,9 @@ def multipole_attention(
             summary, or, causal, the query of its first token, which all of them know. Needs the queries of all tokens.
         scale: of the logits; ``head_dim ** -0.5`` by default.
         dropout_p: dropout of the attention weights.
-        backend: "auto" or "torch".
+        backend: "torch"; "triton", the GPU kernels, for float32, bfloat16 and float16, head_dim up to 256, no dropout; "auto": the
+            kernels for tensors on CUDA devices, the PyTorch path on other devices, in float64 and with dropout. Results are the
+            same up to rounding.
 
     Returns:
         ``(batch, heads, queries, value_dim)`` in q's dtype, zeros at padded queries.
@@ -311,8 +403,8 @@ def multipole_attention(
     """
     _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, scale, dropout_p)
     check_sizes(block_size, rank)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend is {backend!r}, but must be 'auto' or 'torch'")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend is {backend!r}, but must be 'auto', 'torch' or 'triton'")
     if query_summary is not None and (causal or not downsample_queries):
         raise ValueError(
             "query_summary belongs to the bidirectional O(n) form (downsample_queries=True, causal=False): a causal one takes the query of "
@@ -348,6 +440,7 @@ def multipole_attention(
         downsample_queries=downsample_queries,
         scale=scale,
         dropout_p=dropout_p,
+        backend=backend,
     )[0]
 
 

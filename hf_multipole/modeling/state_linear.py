@@ -127,6 +127,10 @@ class LinearState(MultipoleState):
             merged = torch.where(begins[:, level, None, None], torch.cat([new[0], new[1][..., None]], -1), self.far[at])
             self.far[at] = merged
 
+    def _step(self, q, k, v, call):
+        # The kernel of a step has the token's own query see the summaries.
+        return super()._step(q, k, v, call._replace(kernels=False))
+
     def _attend_slots(self, q, bias, past, call):
         near = q @ self.keys.slots[:, :, : self.ring, : q.shape[-1]].transpose(2, 3) * call.scale
         if call.softcap is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .hierarchy import far_columns, level_count
-from .multipole_attention import attend_blocks, far_field
+from .multipole_attention import attend_blocks, far_field, run_kernels, use_kernels
 from .summaries import Past, compute_dtype
 
 
@@ -66,6 +66,7 @@ class _Call(NamedTuple):
     far_bias: torch.Tensor | None
     softcap: float | None
     scale: float
+    kernels: bool  # the GPU kernels run
 
 
 class MultipoleState:
@@ -171,7 +172,8 @@ class MultipoleState:
         if self.keys.slots.is_inference() and not torch.is_inference_mode_enabled():
             self.select(torch.arange(len(self.rows)))
         sides = (_Side(self.keys, key_summary, rotary), _Side(self.values, value_summary, None))
-        call = _Call(sides, new, size_weighting, far_bias, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        call = _Call(sides, new, size_weighting, far_bias, softcap, scale, use_kernels("auto", q, v))
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             if q.shape[2] == 1 and all(x.count for x in new) and not recorded:
@@ -286,10 +288,10 @@ class MultipoleState:
                 finished = past // (self.block_size << level)
                 for side in call.sides if finished else ():
                     children = self._groups_of(side, rows, level - 1, range(2 * finished))
-                    made = side.summary(None, None, 2, past=Past(0, [children]))[0][1]
+                    made = side.summary(None, None, 2, past=Past(0, [children]), kernels=call.kernels)[0][1]
                     self._keep(side, rows, level, finished, self._placed(side, rows, level, finished, made, call.new))
 
-    def _extend(self, side: _Side, rows, tokens: torch.Tensor, block: int, new) -> tuple[list[torch.Tensor], list]:
+    def _extend(self, side: _Side, rows, tokens: torch.Tensor, block: int, call: _Call) -> tuple[list[torch.Tensor], list]:
         """Summarises the whole blocks of ``tokens`` ``(rows, kv_heads, n, dim)``, of which the first is ``block``.
 
         Returns the new groups of each level that has some, ``(rows, kv_heads, groups, rank, dim)``, and, of direct summaries, the
@@ -301,7 +303,7 @@ class MultipoleState:
             # The child that the open group of the next level has, if any.
             children = [range((block >> level) // 2 * 2, block >> level) for level in range(levels - 1)]
             held = [self._groups_of(side, rows, level, groups) for level, groups in enumerate(children)]
-            made, _ = side.summary(plain, None, levels, past=Past(block, held))
+            made, _ = side.summary(plain, None, levels, past=Past(block, held), kernels=call.kernels)
         elif self.levels == 0:
             made = []
         else:
@@ -310,11 +312,13 @@ class MultipoleState:
             single = min(self.spare, blocks)
             for count in [blocks - single] * (blocks > single) + [1] * single:
                 piece, plain = plain.split([count * self.block_size, plain.shape[2] - count * self.block_size], 2)
-                part, held = side.summary(piece, None, self.levels, past=Past(block + sum(n for n, _ in pieces), held))
+                part, held = side.summary(
+                    piece, None, self.levels, past=Past(block + sum(n for n, _ in pieces), held), kernels=call.kernels
+                )
                 pieces.append((count, part))
                 sums.append((block + sum(n for n, _ in pieces), torch.stack(held, 2).detach()))
             made = [torch.cat(parts, 2) for parts in zip(*(part for _, part in pieces))]
-        return [self._placed(side, rows, level, (block + blocks) >> level, x, new) for level, x in enumerate(made)], sums
+        return [self._placed(side, rows, level, (block + blocks) >> level, x, call.new) for level, x in enumerate(made)], sums
 
     def _keep_all(self, side: _Side, rows, blocks: int, made: list[torch.Tensor], sums: list) -> None:
         """Keeps what ``_extend`` returned; there are ``blocks`` whole blocks by now."""
@@ -352,7 +356,7 @@ class MultipoleState:
             groups = [self._read(side.store, rows, self._group_slots(level, at_hand)) for level, at_hand in enumerate(kept)]
             if n // m > past // m:
                 whole = near[:, :, (past // m - first) * m : (n // m - first) * m]
-                made, sums = self._extend(side, rows, whole, past // m, call.new)
+                made, sums = self._extend(side, rows, whole, past // m, call)
                 groups[: len(made)] = [torch.cat([old, more.flatten(2, 3)], 2) for old, more in zip(groups, made)]
                 writes.append((self._keep_all, side, rows, n // m, made, sums))
             fresh = range(max(past, n - self.ring), n)
@@ -373,8 +377,12 @@ class MultipoleState:
         """
         n, counts = past + q.shape[2], [groups.shape[2] // self.rank for groups in far[0][1:]]
         first = max(0, past // self.block_size - 1)
-        row, bias = self._far_columns(n, first, begins, counts, padded[1].shape[1], call, q.device)
         far = [torch.cat(groups, 2) for groups in far]
+        if call.kernels:
+            options = {"causal": True, "size_weighting": call.size_weighting, "far_bias": call.far_bias, "softcap": call.softcap}
+            options |= {"scale": call.scale, "block_size": self.block_size, "rank": self.rank, "first_block": first}
+            return run_kernels(*padded, *far, begins[: len(counts)], counts, **options)[0]
+        row, bias = self._far_columns(n, first, begins, counts, padded[1].shape[1], call, q.device)
         return attend_blocks(*padded, *far, row, bias, None, self.block_size, True, call.scale, call.softcap)
 
     def _far_columns(self, n: int, first: int, begins: list[int], counts: list[int], kv_heads: int, call: _Call, device):
@@ -390,7 +398,7 @@ class MultipoleState:
     def _step(self, q, k, v, call: _Call) -> torch.Tensor:
         """Attention of one more token in every row: all slots at once."""
         batch, heads, _, dim = q.shape
-        kv_heads, m = k.shape[1], self.block_size
+        m = self.block_size
         past = [row.length for row in self.rows]
         alike = len(set(past)) == 1
         every, slot = slice(None), past[0] % self.ring
@@ -398,23 +406,38 @@ class MultipoleState:
             every, slot = torch.arange(batch, device=q.device), torch.tensor(past, device=q.device) % self.ring
         for side, x in zip(call.sides, (k, v)):
             side.store.slots[every, :, slot] = x[:, :, 0].to(side.store.slots.dtype)
-        kind = (heads, call.size_weighting, id(call.far_bias))
-        if self._bias is None or self._bias_of != kind or any(length % m == 0 for length in past):
-            self._bias, self._bias_of = self._visible([past[0]] if alike else past, heads, call), kind
+        if call.kernels:
+            out = self._attend_slots_on_gpu(q[:, :, 0], past, call)
         else:
-            self._bias[every, :, slot] = 0
-        # The query heads of one key head are its queries.
-        q = q.reshape(batch, kv_heads, heads // kv_heads, dim).to(self.keys.slots.dtype)
-        bias = self._bias.view(len(self._bias), kv_heads, heads // kv_heads, -1)
-        out = self._attend_slots(q, bias, past, call)
+            bias = self._step_bias(past, every, slot, heads, call)
+            # The query heads of one key head are its queries.
+            q = q.reshape(batch, bias.shape[1], -1, dim).to(self.keys.slots.dtype)
+            out = self._attend_slots(q, bias, past, call)
 
         if any((length + 1) % m == 0 for length in past):
             self._grow(max(past) + 1, call)
             for length, rows in self._alike([length + 1 for length in past]):
                 for side in call.sides if length % m == 0 else ():
                     block = self._read(side.store, rows, self._token_slots(range(length - m, length)))
-                    self._keep_all(side, rows, length // m, *self._extend(side, rows, block, length // m - 1, call.new))
+                    self._keep_all(side, rows, length // m, *self._extend(side, rows, block, length // m - 1, call))
         return out.reshape(batch, heads, 1, -1).to(k.dtype)
+
+    def _step_bias(self, past: list[int], every, slot, heads: int, call: _Call) -> torch.Tensor:
+        """What is added to the logits of one more token in every row, ``(batch or 1, kv_heads, repeats, slots)``."""
+        alike, kind = len(set(past)) == 1, (heads, call.size_weighting, id(call.far_bias))
+        if self._bias is None or self._bias_of != kind or any(length % self.block_size == 0 for length in past):
+            self._bias, self._bias_of = self._visible([past[0]] if alike else past, heads, call), kind
+        else:
+            self._bias[every, :, slot] = 0
+        return self._bias.unflatten(1, (self.keys.slots.shape[1], -1))
+
+    def _attend_slots_on_gpu(self, q, past: list[int], call: _Call) -> torch.Tensor:
+        from .state_triton import step
+
+        lengths = None if len(set(past)) == 1 else torch.tensor(past, dtype=torch.int32, device=q.device)
+        far_bias = None if call.far_bias is None else call.far_bias.float()
+        keys, values, sizes = self.keys.slots[..., : q.shape[-1]], self.values.slots, (self.ring, self.groups, self.block_size, self.rank)
+        return step(q, keys, values, lengths, past[0], far_bias, *sizes, call.size_weighting, call.scale, call.softcap)
 
     def _attend_slots(self, q, bias, past: list[int], call: _Call) -> torch.Tensor:
         """Attention of one query after ``past`` tokens of each row, ``(batch, kv_heads, repeats, dim)``; bias: of its logits."""

@@ -82,6 +82,16 @@ def _(grad_x, grad, x, weight):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
+def _operators(kernels: bool):
+    """The map and its backward pass, by PyTorch or by the GPU kernels."""
+    if not kernels:
+        return depthwise_map, depthwise_map_backward_
+    from .summaries_triton import depthwise_map as forward
+    from .summaries_triton import depthwise_map_backward_ as backward
+
+    return forward, backward
+
+
 class _Map(torch.autograd.Function):
     """Groups of tokens mapped to summaries, by weights or (None) to their mean; also returns the tokens.
 
@@ -90,11 +100,11 @@ class _Map(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tokens, width, weight):
+    def forward(ctx, tokens, width, weight, kernels):
         groups = tokens.unflatten(2, (-1, width))
-        ctx.width = width
+        ctx.width, ctx.kernels = width, kernels
         ctx.save_for_backward(*(() if weight is None else (tokens, weight)))
-        summaries = groups.mean(3, dtype=compute_dtype(tokens.dtype)) if weight is None else depthwise_map(groups, weight)
+        summaries = groups.mean(3, dtype=compute_dtype(tokens.dtype)) if weight is None else _operators(kernels)[0](groups, weight)
         return tokens.view_as(tokens), summaries
 
     @staticmethod
@@ -102,19 +112,20 @@ class _Map(torch.autograd.Function):
         saved = ctx.saved_tensors  # asked for once: checkpointing hands them out once
         if not saved:
             grad.unflatten(2, (-1, ctx.width)).add_((upper / ctx.width).unsqueeze(3))
-            return grad, None, None
+            return grad, None, None, None
         tokens, weight = saved
         groups = tokens.unflatten(2, (-1, ctx.width))
-        return grad, None, depthwise_map_backward_(grad.unflatten(2, (-1, ctx.width)), upper.contiguous(), groups, weight)
+        backward = _operators(ctx.kernels)[1]
+        return grad, None, backward(grad.unflatten(2, (-1, ctx.width)), upper.contiguous(), groups, weight), None
 
 
-def _map(tokens: torch.Tensor, width: int, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _map(tokens: torch.Tensor, width: int, weight: torch.Tensor | None, kernels: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """``(batch, heads, n, dim)`` to the same tokens and ``(batch, heads, groups, rank, dim)``, or ``(batch, heads, groups, dim)``
     means; the last group is filled up with zeros.
     """
     if tokens.shape[2] % width == 0:
-        return _Map.apply(tokens, width, weight)
-    return tokens, _Map.apply(_groups(tokens, width).flatten(2, 3), width, weight)[1]
+        return _Map.apply(tokens, width, weight, kernels)
+    return tokens, _Map.apply(_groups(tokens, width).flatten(2, 3), width, weight, kernels)[1]
 
 
 def _groups(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -155,39 +166,39 @@ class MeanSummary(nn.Module):
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, rank={self.rank}"
 
-    def _first(self, tokens: torch.Tensor, absolute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _first(self, tokens: torch.Tensor, absolute: bool, kernels: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens, and their summaries of level 1."""
         tokens, means = _map(tokens, self.block_size // self.rank, None)
         return tokens, _groups(means, self.rank)
 
-    def _merge(self, children: torch.Tensor, absolute: bool) -> torch.Tensor:
+    def _merge(self, children: torch.Tensor, absolute: bool, kernels: bool = False) -> torch.Tensor:
         """Summaries ``(batch, heads, groups, 2 * rank, dim)`` of pairs of groups to those of their parents."""
         return children.unflatten(3, (self.rank, 2)).mean(4)
 
-    def _maps(self, tokens: torch.Tensor, levels: int, absolute: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _maps(self, tokens: torch.Tensor, levels: int, absolute: bool, kernels: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The tokens, and the linear maps of all levels, not yet divided by the mass; of ``absolute`` shares: the masses."""
-        tokens, summaries = self._first(tokens, absolute)
+        tokens, summaries = self._first(tokens, absolute, kernels)
         out = [summaries]
         for _ in range(1, levels):
-            out.append(self._merge(_groups(out[-1].flatten(2, 3), 2 * self.rank), absolute))
+            out.append(self._merge(_groups(out[-1].flatten(2, 3), 2 * self.rank), absolute, kernels))
         return tokens, out
 
-    def _extend(self, tokens: torch.Tensor, levels: int, past: Past) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _extend(self, tokens: torch.Tensor, levels: int, past: Past, kernels: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The groups of each level that ``tokens``, whole blocks or None, finish, and what the open groups hold then."""
-        new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, False)[1]
+        new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, False, kernels)[1]
         out = [new]
         for held in past.held[: levels - 1]:
             children = torch.cat([held.to(new.dtype), new], 2)
             pairs = children[:, :, : children.shape[2] // 2 * 2]
-            new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), False)
+            new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), False, kernels)
             out.append(new)
         return out, []
 
-    def masses(self, validity: torch.Tensor, levels: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    def masses(self, validity: torch.Tensor, levels: int, dim: int, dtype: torch.dtype, kernels: bool = False) -> list[torch.Tensor]:
         """Mass of every summary, ``(batch, heads or 1, groups, rank, dim or 1)`` a level, from 0 (no valid token) to 1."""
         heads, channels = self._mass_shape(dim)
         valid = validity[:, None, :, None].to(dtype).expand(-1, heads, -1, channels)
-        return self._maps(valid, levels, True)[1]
+        return self._maps(valid, levels, True, kernels)[1]
 
     def _mass_shape(self, dim: int) -> tuple[int, int]:
         return 1, 1
@@ -200,16 +211,25 @@ class MeanSummary(nn.Module):
         """Tokens that each summary stands for, ``(batch, heads or 1, groups, rank)`` a level."""
         return self._counts(self.masses(validity, levels, dim, dtype))
 
-    def forward(self, tokens: torch.Tensor, validity: torch.Tensor | None, levels: int, everything: bool = False, past: Past | None = None):
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        validity: torch.Tensor | None,
+        levels: int,
+        everything: bool = False,
+        past: Past | None = None,
+        kernels: bool = False,
+    ):
         """The summaries. With ``everything``: the tokens for further use, which makes the backward pass cheaper, the summaries,
         and their counts (None where all groups are full). With ``past``: the summaries of the groups that these tokens finish.
+        With ``kernels`` the GPU kernels compute them.
         """
         if past is not None:
-            return self._extend(tokens, levels, past)
-        tokens, summaries = self._maps(tokens, levels, False)
+            return self._extend(tokens, levels, past, kernels)
+        tokens, summaries = self._maps(tokens, levels, False, kernels)
         counts = None
         if validity is not None:
-            masses = self.masses(validity, levels, tokens.shape[-1], compute_dtype(tokens.dtype))
+            masses = self.masses(validity, levels, tokens.shape[-1], compute_dtype(tokens.dtype), kernels)
             summaries = [
                 torch.where(mass > 0, summary / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0) for summary, mass in zip(summaries, masses)
             ]
@@ -251,11 +271,13 @@ class HierarchicalSummary(_LearnedSummary):
         self.tokens.copy_(self.start(self.tokens))
         self.merge.copy_(self.start(self.merge))
 
-    def _first(self, tokens, absolute):
-        return _map(tokens, self.block_size, _share(self.tokens) if absolute else self.tokens)
+    def _first(self, tokens, absolute, kernels=False):
+        return _map(tokens, self.block_size, _share(self.tokens) if absolute else self.tokens, kernels)
 
-    def _merge(self, children, absolute):
+    def _merge(self, children, absolute, kernels=False):
         weight = _share(self.merge) if absolute else self.merge
+        if kernels:
+            return _map(children.flatten(2, 3), 2 * self.rank, weight, True)[1]
         return (children[:, :, :, None] * weight[:, None]).sum(4)
 
 
@@ -292,15 +314,15 @@ class DirectSummary(_LearnedSummary):
                 f"but this row needs {levels}; use summary='hierarchical', which has no such limit"
             )
 
-    def _maps(self, tokens, levels, absolute):
+    def _maps(self, tokens, levels, absolute, kernels):
         self.check_levels(levels)
         out = []
         for weight in self.levels[:levels]:
-            tokens, summaries = _map(tokens, weight.shape[2], _share(weight) if absolute else weight)
+            tokens, summaries = _map(tokens, weight.shape[2], _share(weight) if absolute else weight, kernels)
             out.append(summaries)
         return tokens, out
 
-    def _extend(self, tokens, levels, past):
+    def _extend(self, tokens, levels, past, kernels):
         out, sums = [], []
         for level, weight in enumerate(self.levels[:levels]):
             span, phase = 1 << level, past.block % (1 << level)
@@ -310,11 +332,11 @@ class DirectSummary(_LearnedSummary):
                 blocks = rest.shape[2] // self.block_size
                 if phase == 0 and blocks >= span:
                     taken = blocks // span * span
-                    groups.append(_map(rest[:, :, : taken * self.block_size], weight.shape[2], weight)[1])
+                    groups.append(_map(rest[:, :, : taken * self.block_size], weight.shape[2], weight, kernels)[1])
                 else:
                     taken = min(span - phase, blocks)
                     own = slice(phase * self.block_size, (phase + taken) * self.block_size)
-                    part = _map(rest[:, :, : taken * self.block_size], taken * self.block_size, weight[:, :, own])[1][:, :, 0]
+                    part = _map(rest[:, :, : taken * self.block_size], taken * self.block_size, weight[:, :, own], kernels)[1][:, :, 0]
                     total = part + total if phase else part
                     phase = (phase + taken) % span
                     if phase == 0:

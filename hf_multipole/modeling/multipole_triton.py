@@ -1,0 +1,247 @@
+"""Multipole attention on GPUs: the operator, its backward pass, and how their kernels are run."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+
+from .common_triton import PRECISION, launch, tile_size, triton
+from .kernels_triton import add_parts, backward_keys, backward_queries, backward_summaries, forward
+
+# Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
+_NAMESPACE = __name__.replace(".", "_")
+
+_UNIT = 512  # tokens whose gradients a program for summaries sums: enough to fill it, few enough for many programs
+
+
+@lru_cache(maxsize=256)
+def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """A row of integers a level. Kept, since the host waits for a copy to the device."""
+    return torch.tensor([list(row) for row in zip(*columns)] or [[0]], dtype=torch.int32, device=device)
+
+
+def _before(counts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(accumulate(counts, initial=0))[: len(counts)]
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """The kernels take any strides but the last."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(**tensors: torch.Tensor) -> dict[str, int]:
+    return {f"{name}_{letter}": stride for name, x in tensors.items() for letter, stride in zip("bhn", x.stride())}
+
+
+def _arguments(
+    q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, begins, counts, block_size, rank, first_block, causal,
+    size_weighting, scale, softcap,
+) -> dict:  # fmt: skip
+    """What the kernels on queries and keys are called with, but for what is their own."""
+    batch, heads, slots, dim = q.shape
+    kv_heads, summaries, value_dim = k.shape[1], far_k.shape[2], v.shape[-1]
+    q, k, v, far_k, far_v = _dense(q), _dense(k), _dense(v), far_k.contiguous(), far_v.contiguous()
+    log_counts, document = (x if x is None else _dense(x) for x in (log_counts, document))
+    counts_b, counts_h = (0, 0) if log_counts is None else log_counts.expand(batch, kv_heads, -1).stride()[:2]
+    return dict(
+        q_=q, k_=k, v_=v, far_k_=far_k, far_v_=far_v, **_strides(q=q, k=k, v=v),
+        counts_=log_counts, counts_b=counts_b, counts_h=counts_h,
+        far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
+        document_=document, document_b=0 if document is None else document.expand(batch, -1).stride(0), first_=first, last_=last,
+        table=_table((tuple(begins), tuple(counts), _before(counts)), q.device), levels=len(counts), summaries=summaries,
+        rows=batch * kv_heads, heads=heads, kv_heads=kv_heads, repeats=heads // kv_heads,
+        blocks=slots // block_size, block_size=block_size, begin=first_block, RANK=rank, CAUSAL=causal,
+        size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap,
+        DIM=dim, WIDTH=value_dim, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(value_dim), PRECISION=PRECISION,
+    )  # fmt: skip
+
+
+def _tiles(arguments: dict) -> tuple[dict, int]:
+    """Tokens and columns of a tile, and warps of a program: what leaves no more than a few bytes outside of registers, compiled for
+    compute capability 8.0 and 9.0 (tests/compiled_kernels.py). A 64 x 64 sum of float32 takes 32 registers of each of 128 threads;
+    the backward passes hold two of them beside two tiles of logits. float32 has no tensor cores here, and takes more threads.
+    """
+    dim, single = max(arguments["BLOCK_D"], arguments["BLOCK_W"]), arguments["q_"].element_size() == 4
+    if single:
+        rows, columns, far, warps = (64, 32, 16, 8) if dim <= 64 else (32, 16, 16, 8) if dim <= 128 else (16, 16, 16, 4)
+    else:
+        rows, columns, far, warps = (64, 32, 32, 4) if dim <= 128 else (32, 32, 16, 4)
+    most = tile_size(arguments["block_size"])
+    return dict(BLOCK_M=min(rows, most), BLOCK_N=min(columns, most), BLOCK_F=far), max(1, warps * min(rows, most) // rows)
+
+
+def _over_blocks(arguments: dict, block: int, rows: int) -> tuple[int, dict]:
+    """Programs of a kernel that takes ``block`` tokens of a block at once, and its arguments."""
+    tiles = triton.cdiv(arguments["block_size"], block)
+    return rows * arguments["blocks"] * tiles, arguments | {"tiles": tiles}
+
+
+def _outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The heads of a token side by side, as the projection that follows takes them without a copy."""
+    batch, heads, slots, _ = q.shape
+    return q.new_empty(batch, slots, heads, v.shape[-1]).transpose(1, 2), q.new_empty(batch, heads, slots, dtype=torch.float32)
+
+
+@torch.library.custom_op(_NAMESPACE + "::attention", mutates_args=())
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    far_k: torch.Tensor,
+    far_v: torch.Tensor,
+    log_counts: torch.Tensor | None,
+    far_bias: torch.Tensor | None,
+    document: torch.Tensor | None,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    begins: Sequence[int],
+    counts: Sequence[int],
+    block_size: int,
+    rank: int,
+    first_block: int,
+    causal: bool,
+    size_weighting: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of whole blocks of queries to their neighbouring blocks and to the summaries that the hierarchy lists.
+
+    q: ``(batch, heads, slots, dim)``; k, v: ``(batch, kv_heads, slots, dim)``; the first of their blocks is block ``first_block``
+    of the row. far_k, far_v: float32 ``(batch, kv_heads, summaries, dim)``, of each level ``counts`` groups from ``begins`` on, one
+    after another. log_counts: float32 ``(batch or 1, kv_heads or 1, summaries)``, added to their logits, -inf where a summary stands
+    for no token; None where all groups are full, and ``size_weighting`` decides. far_bias: float32 ``(heads, levels)``. document:
+    ``(batch or 1, slots)``; first, last: ``(batch, blocks)``, as in an Alignment. Returns the output ``(batch, heads, slots,
+    value_dim)`` and, of each query, the logarithm to base 2 of the sum that normalises it.
+    """
+    arguments = _arguments(
+        q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, begins, counts, block_size, rank, first_block, causal,
+        size_weighting, scale, softcap,
+    )  # fmt: skip
+    out, lse = _outputs(q, v)
+    tiles, warps = _tiles(arguments)
+    arguments |= dict(out_=out, lse_=lse, **_strides(out=out), **tiles)
+    launch(forward, q.device, *_over_blocks(arguments, tiles["BLOCK_M"], q.shape[0] * q.shape[1]), num_warps=warps)
+    return out, lse
+
+
+def _gradients(q, k, v, far_k, far_v) -> list[torch.Tensor]:
+    """Those of tokens laid out as they are, if without gaps; of summaries, contiguous."""
+    contiguous = torch.contiguous_format
+    of_tokens = [torch.empty_like(x) if x.stride(-1) == 1 else torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)]
+    return of_tokens + [torch.empty_like(x, memory_format=contiguous) for x in (far_k, far_v)]
+
+
+@torch.library.custom_op(_NAMESPACE + "::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    far_k: torch.Tensor,
+    far_v: torch.Tensor,
+    log_counts: torch.Tensor | None,
+    far_bias: torch.Tensor | None,
+    document: torch.Tensor | None,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    begins: Sequence[int],
+    counts: Sequence[int],
+    block_size: int,
+    rank: int,
+    first_block: int,
+    causal: bool,
+    size_weighting: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the first seven arguments of ``attention``; empty where there is no tensor."""
+    arguments = _arguments(
+        q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, begins, counts, block_size, rank, first_block, causal,
+        size_weighting, scale, softcap,
+    )  # fmt: skip
+    rows, repeats, levels, device = arguments["rows"], arguments["repeats"], len(counts), q.device
+    grad = _dense(grad)
+    grads = _gradients(q, k, v, far_k, far_v)
+    delta = torch.empty_like(lse)
+    tiles, warps = _tiles(arguments)
+    arguments |= dict(
+        grad_=grad,
+        grad_lse_=None if grad_lse is None else grad_lse.contiguous(),
+        out_=out,
+        lse_=lse,
+        delta_=delta,
+        **_strides(grad=grad, out=out),
+        **tiles,
+    )
+    arguments |= dict(grad_q_=grads[0], grad_k_=grads[1], grad_v_=grads[2])
+    arguments |= _strides(grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
+    # The queries first: they make delta.
+    launch(backward_queries, device, *_over_blocks(arguments, tiles["BLOCK_M"], rows * repeats), num_warps=warps)
+    launch(backward_keys, device, *_over_blocks(arguments, tiles["BLOCK_N"], rows), num_warps=warps)
+    grad_counts, grad_bias = (q.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias))
+    if not levels:
+        return *grads, grad_counts, grad_bias
+
+    # Blocks of queries in a program for summaries, a power of two.
+    unit = max(2, triton.next_power_of_2(min(_UNIT // block_size, arguments["blocks"])))
+    units = triton.cdiv(first_block % unit + arguments["blocks"], unit)
+    pieces = [units * (unit // min(2 << level, unit)) for level in range(levels)]
+    columns, parts = (2 if causal else 4) * rank, sum(pieces)
+    part_k, part_v = (q.new_empty(rows, parts, columns, x.shape[-1], dtype=torch.float32) for x in (q, v))
+    sums = q.new_empty(rows, repeats, parts, columns, dtype=torch.float32)
+    tile = min(tiles["BLOCK_F"], tile_size(columns))
+    arguments |= dict(part_k_=part_k, part_v_=part_v, sums_=sums, parts=parts, parts_table=_table((_before(pieces),), device))
+    arguments |= dict(units=units, UNIT=unit, BLOCK_F=tile, groups=sum(counts), SIDES=1 if causal else 2)
+    launch(backward_summaries, device, rows * units * levels * triton.cdiv(columns, tile), arguments, num_warps=warps)
+
+    def add(parts: torch.Tensor, grad: torch.Tensor, width: int) -> None:
+        width *= rank
+        tile = min(1024, triton.next_power_of_2(width))
+        own = dict(parts_=parts, grad_=grad, WIDTH=width, BLOCK=tile, BLOCK_P=max(1, 4096 // tile), tiles=triton.cdiv(width, tile))
+        launch(add_parts, device, rows * sum(counts) * own["tiles"], arguments | own)
+
+    add(part_k, grads[3], q.shape[-1])
+    add(part_v, grads[4], v.shape[-1])
+    if log_counts is not None:
+        every = q.new_empty(q.shape[0], k.shape[1], far_k.shape[2], dtype=torch.float32)
+        add(sums.sum(1), every, 1)
+        grad_counts = every.sum_to_size(log_counts.shape)
+    if far_bias is not None:
+        by_level = sums.sum(3).unflatten(0, k.shape[:2]).sum(0).split(pieces, 2)
+        for level, x in enumerate(by_level):
+            grad_bias[:, min(level, far_bias.shape[1] - 1)] += x.sum(2).flatten()
+    return *grads, grad_counts, grad_bias
+
+
+@attention.register_fake
+def _(q, k, v, *_):
+    return _outputs(q, v)
+
+
+@attention_backward.register_fake
+def _(grad, grad_lse, out, lse, q, k, v, far_k, far_v, log_counts, far_bias, *_):
+    return *_gradients(q, k, v, far_k, far_v), *(
+        q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias)
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs[:10])
+    ctx.plain = inputs[10:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse):
+    out, lse, *tensors = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = attention_backward(grad, grad_lse, out, lse, *tensors, *ctx.plain)
+    grads = [None if x is None else grad for x, grad in zip(tensors, grads)]
+    return *grads, *[None] * (3 + len(ctx.plain))
+
+
+attention.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,109 @@
+"""The GPU kernel of a decoding step: attention of one more token in every row on the slots of state_multipole.py."""
+
+import math
+
+import torch
+
+from .common_triton import LOG2E, PRECISION, absorb, launch, load_rows, logits, tile_size, tl, triton
+
+# Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
+_NAMESPACE = __name__.replace(".", "_")
+
+
+@triton.jit
+def _visible(slot, last, ring, groups, levels, block_size, RANK: tl.constexpr):
+    """Which slots the token after ``last`` others sees, its own among them; and the level of each, counted from 0."""
+    token = last - (last + ring - slot) % ring
+    near = (slot < ring) & (token >= tl.maximum(last // block_size - 1, 0) * block_size)
+    place = tl.maximum(slot - ring, 0) // RANK
+    level = tl.minimum(place // groups, levels)
+    own = last // (block_size << level)
+    group = own - 1 - (own - 1 + groups - place % groups) % groups
+    far = (slot >= ring) & (level < levels) & (group >= 0) & (own - group >= 2) & (own // 2 - group // 2 <= 1)
+    return near, far, level
+
+
+@triton.jit(do_not_specialize=["length"])
+def _step(
+    q_, keys_, values_, lengths_, far_bias_, out_, q_b, q_h, keys_b, keys_h, keys_n, values_b, values_h, values_n,
+    length, kv_heads, repeats, slots, ring, groups, levels, block_size, biases, size, scale, softcap,
+    RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program a row and key head, whose query heads are its queries."""
+    row = (tl.program_id(0) // kv_heads).to(tl.int64)
+    kv_head = tl.program_id(0) % kv_heads
+    last = length
+    if lengths_ is not None:
+        last = tl.load(lengths_ + row)
+    repeat = tl.arange(0, BLOCK_M)
+    real = repeat < repeats
+    head = kv_head * repeats + repeat
+    q = load_rows(q_ + row * q_b, head, q_h, real, DIM, BLOCK_D).to(tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, slots, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        near, far, level = _visible(slot, last, ring, groups, levels, block_size, RANK)
+        k = load_rows(keys_ + row * keys_b + kv_head * keys_h, slot, keys_n, near | far, DIM, BLOCK_D)
+        v = load_rows(values_ + row * values_b + kv_head * values_h, slot, values_n, near | far, WIDTH, BLOCK_W)
+        x, _ = logits(q, k, scale, softcap, PRECISION)
+        bias = tl.zeros_like(x)
+        if size is not None:
+            bias += tl.where(far, size + level, 0.0)[None, :]
+        if far_bias_ is not None:
+            column = tl.minimum(level, biases - 1)
+            seen = real[:, None] & far[None, :]
+            bias += tl.load(far_bias_ + (head * biases)[:, None] + column[None, :], seen, 0.0) * LOG2E
+        x = tl.where((near | far)[None, :], x + bias, float("-inf"))
+        acc, top, total = absorb(x, v, acc, top, total, PRECISION)
+    column = tl.arange(0, BLOCK_W)
+    at = (row * kv_heads * repeats + head)[:, None] * WIDTH + column
+    tl.store(out_ + at, acc / total[:, None], real[:, None] & (column < WIDTH))
+
+
+@torch.library.custom_op(_NAMESPACE + "::step", mutates_args=())
+def step(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor | None,
+    length: int,
+    far_bias: torch.Tensor | None,
+    ring: int,
+    groups: int,
+    block_size: int,
+    rank: int,
+    size_weighting: bool,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of one token a row, ``lengths`` ``(batch,)`` int32 others, or everywhere ``length``, before it.
+
+    q: ``(batch, heads, dim)``; keys, values: float32 ``(batch, kv_heads, slots, dim)``, first ``ring`` slots of tokens, then of each
+    level ``groups`` groups of ``rank`` summaries. Returns float32 ``(batch, heads, value_dim)``. There is no gradient.
+    """
+    batch, heads, dim = q.shape
+    kv_heads, slots, width = keys.shape[1], keys.shape[2], values.shape[-1]
+    q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
+    out = keys.new_empty(batch, heads, width)
+    strides = dict(zip(("q_b", "q_h"), q.stride()))
+    for name, x in (("keys", keys), ("values", values)):
+        strides |= {f"{name}_{letter}": stride for letter, stride in zip("bhn", x.stride())}
+    arguments = strides | dict(
+        q_=q, keys_=keys, values_=values, lengths_=lengths, length=length, out_=out,
+        far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
+        kv_heads=kv_heads, repeats=heads // kv_heads, slots=slots, ring=ring, groups=groups, levels=(slots - ring) // (groups * rank),
+        block_size=block_size, size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap, RANK=rank,
+        DIM=dim, WIDTH=width, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(width),
+        BLOCK_M=tile_size(heads // kv_heads), BLOCK_N=32 if max(dim, width) <= 128 else 16,
+        PRECISION=PRECISION,
+    )  # fmt: skip
+    launch(_step, q.device, batch * kv_heads, arguments)
+    return out
+
+
+@step.register_fake
+def _(q, keys, values, *_):
+    return keys.new_empty(*q.shape[:2], values.shape[-1])
