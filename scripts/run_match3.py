@@ -10,6 +10,7 @@ attention, of all runs that the folder holds, and what the constructed solution 
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -28,11 +29,13 @@ from hf_multipole.training.match3 import best_setting, detect, draw, labels
 
 TASKS = {"match3": 3, "match2": 2}  # and the order of the attention that can do them
 CONTROL = 2  # steps of Match3 for one of Match2
+SMALL_START = "tensor, small start"  # projections that start with a standard deviation of 0.02, as most models do
 KINDS = {
     "full": {"layer_types": ["full_attention"]},
     "multipole": {"layer_types": ["multipole_attention"], "block_size": 8, "far_bias_init": 0.0},
     "tensor": {"layer_types": ["tensor_attention"]},
     "tensor, polynomial": {"layer_types": ["tensor_attention"], "tensor_method": "polynomial", "tensor_score_dim": 4},
+    SMALL_START: {"layer_types": ["tensor_attention"]},
 }
 HELD_OUT = 1024  # rows of each length that accuracy is measured on
 POOL = 10  # batches drawn at once, of one length
@@ -65,7 +68,12 @@ def new_model(kind: str, modulus: int, hidden_size: int) -> MultipoleForTokenCla
         )
 
     missing = build("tensor").num_parameters() - build(kind, intermediate_size=1).num_parameters()
-    return build(kind, intermediate_size=1 + round(missing / (3 * hidden_size)))
+    model = build(kind, intermediate_size=1 + round(missing / (3 * hidden_size)))
+    if kind == SMALL_START:
+        attention = model.model.layers[0].self_attn
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj):
+            torch.nn.init.normal_(proj.weight, std=0.02)
+    return model
 
 
 def logits(model, rows: torch.Tensor, modulus: int) -> torch.Tensor:
@@ -227,22 +235,27 @@ def plot(groups: list[tuple[dict, list[dict]]], path: Path) -> None:
                 axes.plot(*zip(*points), color=f"C{i}", linewidth=1.2, alpha=0.8, label=None if number else kind)
         axes.set(xlabel="examples", title=title)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
     plots[0][0].set(ylabel="accuracy on held-out rows")
-    plots[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def command(output: Path, settings: dict, defaults: dict) -> str:
-    changed = {name: value for name, value in settings.items() if value != defaults[name]}
-    options = [
-        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in changed.items()
-    ]
-    return " ".join(["python scripts/run_match3.py --output", str(output), *options])
+def command(output: Path, settings: dict, runs: list[dict], defaults: dict) -> str:
+    """What makes these runs."""
+    chosen = settings | {
+        "tasks": [task for task in TASKS if any(run["task"] == task for run in runs)],
+        "kinds": [kind for kind in KINDS if any(run["kind"] == kind for run in runs)],
+    }
+    line = ["python", "scripts/run_match3.py", "--output", str(output)]
+    for name, value in chosen.items():
+        if value != defaults[name]:
+            line += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(line)
 
 
 def report(o, groups: list[tuple[dict, list[dict]]], picture: str) -> str:
-    commands = "\n".join(command(o.output, settings, o.defaults) for settings, _ in groups)
+    commands = "\n".join(command(o.output, settings, runs, o.defaults) for settings, runs in groups)
     studies = "\n\n".join(
         f"### Modulo {settings['modulus']}, rows of {settings['lengths'][0]} to {settings['lengths'][1]}\n\n"
         f"Width {settings['hidden_size']}; batches of {settings['batch_size']}, the first {settings['short_steps']} of {settings['steps']} "
@@ -257,7 +270,7 @@ head of order 3 can do Match3, a one-layer transformer of reasonable size cannot
 
 ```bash
 {commands}
-python scripts/run_match3.py --output {o.output} --report {o.report} --kinds
+python scripts/run_match3.py --output {o.output} --kinds --report {o.report}
 ```
 
 ## Learning it
@@ -266,9 +279,14 @@ Models of one layer and 2 heads, without positions, and of the same size: wider 
 kinds see the same examples, which are never repeated. Rows are drawn so that labels are spread evenly over the four quarters of the share
 of ones ([arXiv 2501.19215](https://arxiv.org/abs/2501.19215)). Rows of Match3 hold no 0 and never both x and -2x: matches that repeat a
 residue, which attention to single tokens finds, would otherwise be two thirds of the ones. Accuracy on {2 * HELD_OUT:,} held-out rows of
-the shortest and the longest kind, mean and standard deviation over seeds; processor time of forward and backward on the longest rows.
+the least and the greatest length, mean and standard deviation over seeds; processor time of forward and backward on the longest rows.
 
 {studies}
+
+"{SMALL_START}" is the same tensor layer with projections that start with a standard deviation of 0.02, where those of tensor layers
+start with the inverse square root of the width: entries of order one. A product of three small entries, and of two small values, has
+hardly a gradient. The polynomial has a score width of 4 and entries within 0.7, so that its scores cannot point at single pairs; but
+weighted sums of products of values are nearly products of sums, in which the MLP can see whether there is a match.
 
 ![accuracy against examples]({picture})
 
@@ -318,7 +336,7 @@ def parse(arguments):
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     o = parser.parse_args(arguments)
-    o.defaults = {name: parser.get_default(name) for name in SETTINGS}
+    o.defaults = {name: parser.get_default(name) for name in (*SETTINGS, "tasks", "kinds")}
     faults = [
         (o.modulus < 3 or o.modulus % 2 == 0, f"--modulus {o.modulus} must be odd, and at least 3"),
         (not 1 <= o.lengths[0] <= o.lengths[1] <= 63, f"--lengths {o.lengths} must ascend from at least 1 to at most 63"),

@@ -115,7 +115,7 @@ def test_study(tmp_path):
     sizes = "--modulus 13 --lengths 9 10 --steps 4 --short-steps 2 --short-length 8 --batch-size 4 --hidden-size 16 --seeds 0".split()
     printed = run("run_match3.py", *sizes, "--output", "out", cwd=tmp_path)
     files = sorted((tmp_path / "out").iterdir())
-    assert len(files) == 8 and printed.count("%") == 8
+    assert len(files) == 10 and printed.count("%") == 10
     before = [path.stat().st_mtime_ns for path in files]
     run("run_match3.py", *sizes, "--output", "out", "--report", "report.md", cwd=tmp_path)
     assert [path.stat().st_mtime_ns for path in files] == before
@@ -123,7 +123,11 @@ def test_study(tmp_path):
     parameters = [found["parameters"] for found in figures]
     assert max(parameters) <= 1.01 * min(parameters) and {len(found["curve"]) for found in figures} == {4, 2}
     text = (tmp_path / "report.md").read_text()
-    assert "--modulus 13 --lengths 9 10" in text and "| match3 | tensor | " in text and (tmp_path / "images" / "report.png").is_file()
+    assert (
+        "--output out --modulus 13 --lengths 9 10 --steps 4" in text
+        and "| match3 | tensor | " in text
+        and (tmp_path / "images" / "report.png").is_file()
+    )
     message = run("run_match3.py", *sizes, "--steps", 5, "--output", "out", cwd=tmp_path, fails=True)
     assert "was made with other settings" in message and "Traceback" not in message
 

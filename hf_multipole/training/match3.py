@@ -105,37 +105,49 @@ def solution(rows: torch.Tensor, modulus: int, nulls: int) -> tuple[torch.Tensor
     return tuple(F.pad(x, (0, 0, 0, nulls))[:, None] for x in (entries, torch.ones_like(entries[..., :1])))
 
 
-def setting(n: int, modulus: int, degree: int, sharpness: float, dtype: torch.dtype = torch.float64) -> Setting:
-    """ValueError where the polynomial of this degree says nothing, or has too many features."""
-    dim = 3 * (modulus // 2)
-    approximation = approximate(dim, 3, 4 / 3 * sharpness, 1.0, degree, 1.0, dtype)
+def _outputs(n: int, modulus: int, sharpness: float) -> tuple[int, float, float]:
+    """Null tokens; the output at a token without a match, and the least one at a token with one."""
     rest = math.exp(-sharpness / 2)
     none, one = n**2 * rest, (n**2 - 1) * rest + math.exp(sharpness * (modulus // 2))
     # The outputs lie farthest apart where pairs with a null token, of score 0, weigh as much as the geometric mean of the two.
     nulls = max(1, round(math.sqrt(n**2 + math.sqrt(none * one)) - n))
     beside = 2 * n * nulls + nulls**2
+    return nulls, none / (none + beside), one / (one + beside)
+
+
+def setting(n: int, modulus: int, degree: int, sharpness: float, dtype: torch.dtype = torch.float64) -> Setting:
+    """ValueError where the polynomial of this degree says nothing, or has too many features."""
+    dim = 3 * (modulus // 2)
+    approximation = approximate(dim, 3, 4 / 3 * sharpness, 1.0, degree, 1.0, dtype)
+    nulls, none, one = _outputs(n, modulus, sharpness)
     both = torch.tensor([0.0, 1.0], dtype=torch.float64).view(1, 1, 2, 1)
     error = certify(approximation, dim, [both, both], None, 1, dtype, dtype).error.item()
     # Each entry is rounded too, and computed in a few steps.
     error += 7 * torch.finfo(dtype).eps * approximation.score_bound
-    known = approximation.score_bound, approximation.delta, none / (none + beside), one / (one + beside), error
-    return Setting(sharpness, nulls, degree, feature_count(dim, degree), *known)
+    bounds = approximation.score_bound, approximation.delta
+    return Setting(sharpness, nulls, degree, feature_count(dim, degree), *bounds, none, one, error)
 
 
 @lru_cache
 def best_setting(n: int, modulus: int, dtype: torch.dtype = torch.float64, margin: float = 0.0) -> Setting | None:
     """Of the least degree at which the error is less than the margin, and the margin at least ``margin``; None if there is none."""
+    sharpnesses = [1e-4 * 1.1**step for step in range(100)]
     for degree in range(1, MAX_DEGREE + 1):
-        found = []
-        for step in range(100):
+        best = None
+        for sharpness in sharpnesses:
+            _, none, one = _outputs(n, modulus, sharpness)
+            if (one - none) / 2 < margin:
+                continue
             try:
-                candidate = setting(n, modulus, degree, 1e-4 * 1.1**step, dtype)
+                candidate = setting(n, modulus, degree, sharpness, dtype)
             except ValueError:
                 break
-            if max(candidate.error, margin) < candidate.margin:
-                found.append(candidate)
-        if found:
-            return min(found, key=lambda candidate: candidate.error / candidate.margin)
+            # In proportion to the margin, the error falls while it is rounding, and then rises.
+            if best is not None and candidate.error * best.margin > best.error * candidate.margin:
+                break
+            best = candidate
+        if best is not None and best.error < best.margin:
+            return best
     return None
 
 
