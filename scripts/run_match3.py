@@ -311,7 +311,7 @@ entries part ways, as the theorem says ([arXiv 2310.04064](https://arxiv.org/abs
 
 def float32_limit() -> int:
     """The longest row in which the constructed solution is certain in float32."""
-    return max(n for n in range(1, 33) if best_setting(n, MODULI[0], torch.float32) is not None)
+    return next(n for n in itertools.count(1) if best_setting(n + 1, MODULI[0], torch.float32) is None)
 
 
 # The command
@@ -357,7 +357,7 @@ def main(arguments) -> None:
     settings = {name: getattr(o, name) for name in SETTINGS}
     o.output.mkdir(parents=True, exist_ok=True)
     for seed, task, kind in itertools.product(o.seeds, o.tasks, o.kinds):
-        path = o.output / f"{task}-{o.modulus}-{kind.replace(', ', '-')}-{seed}.json"
+        path = o.output / f"{task}-{o.modulus}-{kind.replace(',', '').replace(' ', '-')}-{seed}.json"
         if not path.is_file():
             write_json(path, {"task": task, "kind": kind, "seed": seed, "settings": settings, "figures": train(task, kind, seed, settings)})
         run = json.loads(path.read_text())

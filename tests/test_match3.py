@@ -1,15 +1,16 @@
 """Match3 and Match2: rows and labels, the constructed solution through the polynomial path, and the study's script."""
 
+import importlib
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import run
 
 from hf_multipole import tensor_attention
 from hf_multipole.modeling.polynomial_attention import feature_count
-from hf_multipole.training.match3 import best_setting, detect, draw, labels, setting, solution
+from hf_multipole.training.match3 import best_setting, detect, draw, labels, outputs, setting, solution
 
 
 def all_rows(n, modulus):
@@ -62,21 +63,20 @@ def test_scores_of_the_solution(modulus):
     assert values[0, 0, :, 0].tolist() == [1.0] * 7 + [0.0] * 2 and entries.abs().max() <= 1
 
 
-ROWS = {(5, 3): all_rows(3, 5), (7, 3): all_rows(3, 7), (5, 24): None, (37, 32): None}
+PAIRS = torch.tensor([[1, 2], [1, 3], [1, 4], [2, 3]])
+ROWS = {
+    (5, 3): all_rows(3, 5),
+    (7, 3): all_rows(3, 7),
+    (5, 24): PAIRS.repeat(1, 12),
+    (37, 32): draw(8, 32, 37, 3, torch.Generator().manual_seed(0))[0],
+}
+SETTINGS = [(torch.float64, 0.0, sizes) for sizes in ROWS] + [(torch.float32, 0.0, (5, 3)), (torch.float64, 0.1, (5, 3))]
 
 
-@pytest.mark.parametrize(
-    "dtype, margin, sizes", [(torch.float64, 0.0, size) for size in ROWS] + [(torch.float32, 0.0, (5, 3)), (torch.float64, 0.1, (5, 3))]
-)
+@pytest.mark.parametrize("dtype, margin, sizes", SETTINGS)
 def test_bounded_entries_detect_every_triple(dtype, margin, sizes):
     """Where the certified error is less than the margin, no label is wrong; that error is the certificate's, and the outputs hold it."""
     (modulus, n), rows = sizes, ROWS[sizes]
-    if rows is None:
-        rows = (
-            draw(8, n, modulus, 3, torch.Generator().manual_seed(0))[0]
-            if modulus > 5
-            else torch.tensor([[1, 2], [1, 3], [1, 4], [2, 3]]).repeat(1, n // 2)
-        )
     chosen = best_setting(n, modulus, dtype, margin)
     assert chosen.error < chosen.margin and chosen.margin >= margin and chosen.delta < 1
     expected = labels(rows, modulus)
@@ -103,39 +103,47 @@ def test_detection_and_bounded_entries_part_ways():
     # ...until float32 does not see it; the exact path with sharp scores finds every label of the row.
     assert best_setting(16, 5, torch.float32) is None
     rows = draw(8, 32, 37, 3, torch.Generator().manual_seed(0))[0]
-    sharp = best_setting(32, 37)._replace(sharpness=1.0, one=1.0, none=0.0, nulls=1)
+    nulls, none, one = outputs(32, 37, sharpness=1.0)
+    sharp = best_setting(32, 37)._replace(sharpness=1.0, nulls=nulls, none=none, one=one)
+    assert sharp.margin > 0.49
     assert torch.equal(detect(rows, 37, sharp, torch.float32), labels(rows, 37))
 
 
 # The study
 
 
-def test_study(tmp_path):
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts")
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module("run_match3")
+    for name, less in {"HELD_OUT": 64, "LENGTHS": (4, 8), "TIMED": 1}.items():
+        monkeypatch.setattr(script, name, less)
+    return lambda *arguments: script.main(["--output", "out", *map(str, arguments)])
+
+
+def test_study(study, tmp_path, capsys):
     """A short run of every kind, a report, and runs that are kept."""
     sizes = "--modulus 13 --lengths 9 10 --steps 4 --short-steps 2 --short-length 8 --batch-size 4 --hidden-size 16 --seeds 0".split()
-    printed = run("run_match3.py", *sizes, "--output", "out", cwd=tmp_path)
+    study(*sizes)
     files = sorted((tmp_path / "out").iterdir())
-    assert len(files) == 10 and printed.count("%") == 10
+    assert len(files) == 10 and capsys.readouterr().out.count("%") == 10
     before = [path.stat().st_mtime_ns for path in files]
-    run("run_match3.py", *sizes, "--output", "out", "--report", "report.md", cwd=tmp_path)
+    study(*sizes, "--report", "report.md")
     assert [path.stat().st_mtime_ns for path in files] == before
     figures = [json.loads(path.read_text())["figures"] for path in files]
     parameters = [found["parameters"] for found in figures]
     assert max(parameters) <= 1.01 * min(parameters) and {len(found["curve"]) for found in figures} == {4, 2}
     text = (tmp_path / "report.md").read_text()
-    assert (
-        "--output out --modulus 13 --lengths 9 10 --steps 4" in text
-        and "| match3 | tensor | " in text
-        and (tmp_path / "images" / "report.png").is_file()
-    )
-    message = run("run_match3.py", *sizes, "--steps", 5, "--output", "out", cwd=tmp_path, fails=True)
-    assert "was made with other settings" in message and "Traceback" not in message
+    assert "--output out --modulus 13 --lengths 9 10 --steps 4" in text and "| match3 | tensor | " in text
+    assert (tmp_path / "images" / "report.png").is_file()
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        study(*sizes, "--steps", 5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--modulus", 8], "--modulus 8 must be odd"), (["--lengths", 9, 8], "--lengths [9, 8] must ascend"), (["--steps", 0], "--steps 0")],
-)
-def test_study_refuses(tmp_path, arguments, message):
-    errors = run("run_match3.py", "--output", "out", *arguments, cwd=tmp_path, fails=True)
-    assert message in errors and "Traceback" not in errors and not (tmp_path / "out").exists()
+def test_study_refuses(study, tmp_path):
+    with pytest.raises(SystemExit, match="--modulus 8 must be odd.*\n--lengths .9, 8. must ascend.*\n--steps 0"):
+        study("--modulus", 8, "--lengths", 9, 8, "--steps", 0)
+    with pytest.raises(SystemExit, match="holds no runs"):
+        study("--kinds", "--report", "report.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
