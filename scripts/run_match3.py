@@ -29,7 +29,7 @@ from hf_multipole.training.match3 import best_setting, detect, draw, labels
 
 TASKS = {"match3": 3, "match2": 2}  # and the order of the attention that can do them
 CONTROL = 2  # steps of Match3 for one of Match2
-SMALL_START = "tensor, small start"  # projections that start with a standard deviation of 0.02, as most models do
+SMALL_START = "tensor, small start"  # with queries, keys and values from weights that start at 0.02, as most models do
 KINDS = {
     "full": {"layer_types": ["full_attention"]},
     "multipole": {"layer_types": ["multipole_attention"], "block_size": 8, "far_bias_init": 0.0},
@@ -283,12 +283,13 @@ the least and the greatest length, mean and standard deviation over seeds; proce
 
 {studies}
 
-On Match3 the models of full attention are far below what tensor attention reaches with as many examples, though not at their end: their
-curves still rise. On Match2 every kind succeeds. "{SMALL_START}" is the same tensor layer with projections that start with a standard
-deviation of 0.02, where those of tensor layers start with the inverse square root of the width: entries of order one. A product of three
-small entries, and of two small values, has hardly a gradient, so that learning starts later: soon enough at modulus 19, late at 37. The
-polynomial has a score width of 4 and entries within 0.7, so that its scores cannot point at single pairs; but weighted sums of products
-of values are nearly products of sums, in which the MLP can see something of the matches: it falls short of the exact path.
+On Match3, full attention is far below what tensor attention reaches with as many examples, though not at its end: its curves still rise.
+On Match2 every kind succeeds. All weights start with a standard deviation of the inverse square root of the width; "{SMALL_START}" is the
+same tensor layer with queries, keys and values that start from weights of 0.02. Products of three small entries, and of two small values,
+have hardly a gradient: learning starts later, but then goes faster and as far, so that no seed of either start failed. Short rows at first
+save time, since a step of tensor attention costs n^3. The polynomial has a score width of 4 and entries within 0.7, so that its scores
+cannot point at single pairs; but weighted sums of products of values are nearly products of sums, in which the MLP can see something of
+the matches: it ends between full attention and the exact path.
 
 ![accuracy against examples]({picture})
 

@@ -42,6 +42,9 @@ def layer(**options) -> TensorAttention:
     attention = build(MultipoleModel, layer_types=["tensor_attention"], **options).layers[0].self_attn
     with torch.no_grad():
         attention.o_proj.weight.copy_(torch.eye(32))
+        # Scores and products of values of order 1.
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj):
+            proj.weight.mul_(2)
     if attention.o_proj.bias is not None:
         torch.nn.init.zeros_(attention.o_proj.bias)
     return attention
@@ -269,19 +272,6 @@ def test_compile(ids, training):
             logits.square().mean().backward()
         results.append((logits.detach(), gradients(model)))
     torch.testing.assert_close(results[1], results[0], **CLOSE)
-
-
-@pytest.mark.parametrize("hidden_size", [64, 256])
-def test_entries_start_at_order_one(hidden_size):
-    """Whatever the width and initializer_range are: products of three small entries have hardly a gradient."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=hidden_size, layer_types=["tensor_attention"], attention_bias=True, initializer_range=0.02)
-    attention = MultipoleModel(tiny_config(**sizes)).layers[0].self_attn
-    x = torch.randn(1000, hidden_size)
-    for proj in (attention.q_proj, attention.k_proj, attention.v_proj):
-        # Some 64 * 64 weights or more: their mean square has a relative error of 2 %.
-        assert proj(x).square().mean().item() == pytest.approx(1, abs=0.1) and not proj.bias.any()
-    assert attention.o_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 # Checkpoints

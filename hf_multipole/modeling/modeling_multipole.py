@@ -31,7 +31,7 @@ from .cache_multipole import check_cache, compiled_state, keeps_state, take_numb
 from .configuration_multipole import MultipoleConfig, attention_options
 from .far_field import FarField
 from .hierarchy import level_count
-from .modeling_tensor import Projection, TensorAttention
+from .modeling_tensor import TensorAttention
 from .summaries import MeanSummary, compute_dtype
 
 logger = logging.get_logger(__name__)
@@ -223,12 +223,6 @@ class MultipolePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MultipoleBlock, "attentions": MultipoleAttention}
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Projection):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Transformers takes "sdpa" when nothing is asked for.

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,17 +31,6 @@ class BoundedRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, bound={self.bound}, eps={self.eps}"
 
 
-class Projection(nn.Linear):
-    """Starts with outputs of order one for inputs of order one, whatever ``initializer_range`` is: products of three small entries,
-    and of two small values, have hardly a gradient.
-    """
-
-    def reset_parameters(self) -> None:
-        init.normal_(self.weight, std=self.in_features**-0.5)
-        if self.bias is not None:
-            init.zeros_(self.bias)
-
-
 class TensorAttention(nn.Module):
     """Projections and cache, then the attention function "tensor".
 
@@ -65,9 +53,9 @@ class TensorAttention(nn.Module):
         self.scaling = self.score_dim**-0.5
         heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.num_key_value_groups = heads // kv_heads
-        self.q_proj = Projection(config.hidden_size, heads * self.score_dim, bias=bias)
-        self.k_proj = Projection(config.hidden_size, self.indices * kv_heads * self.score_dim, bias=bias)
-        self.v_proj = Projection(config.hidden_size, self.indices * kv_heads * self.head_dim, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.score_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.indices * kv_heads * self.score_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.indices * kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias)
         self.q_norm = self.k_norm = None
         if config.tensor_entry_bound is not None:
