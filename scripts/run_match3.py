@@ -286,7 +286,7 @@ the least and the greatest length, mean and standard deviation over seeds; proce
 On Match3, full attention is far below what tensor attention reaches with as many examples, though not at its end: its curves still rise.
 On Match2 every kind succeeds. All weights start with a standard deviation of the inverse square root of the width; "{SMALL_START}" is the
 same tensor layer with queries, keys and values that start from weights of 0.02. Products of three small entries, and of two small values,
-have hardly a gradient: learning starts later, but then goes faster and as far, so that no seed of either start failed. Short rows at first
+have hardly a gradient: learning starts later, but then goes faster and at least as far; no run of either start failed. Short rows at first
 save time, since a step of tensor attention costs n^3. The polynomial has a score width of 4 and entries within 0.7, so that its scores
 cannot point at single pairs; but weighted sums of products of values are nearly products of sums, in which the MLP can see something of
 the matches: it ends between full attention and the exact path.

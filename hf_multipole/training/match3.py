@@ -105,7 +105,7 @@ def solution(rows: torch.Tensor, modulus: int, nulls: int) -> tuple[torch.Tensor
     return tuple(F.pad(x, (0, 0, 0, nulls))[:, None] for x in (entries, torch.ones_like(entries[..., :1])))
 
 
-def outputs(n: int, modulus: int, sharpness: float) -> tuple[int, float, float]:
+def _outputs(n: int, modulus: int, sharpness: float) -> tuple[int, float, float]:
     """Null tokens; the output at a token without a match, and the least one at a token with one."""
     rest = math.exp(-sharpness / 2)
     none, one = n**2 * rest, (n**2 - 1) * rest + math.exp(sharpness * (modulus // 2))
@@ -119,7 +119,7 @@ def setting(n: int, modulus: int, degree: int, sharpness: float, dtype: torch.dt
     """ValueError where the polynomial of this degree says nothing, or has too many features."""
     dim = 3 * (modulus // 2)
     approximation = approximate(dim, 3, 4 / 3 * sharpness, 1.0, degree, 1.0, dtype)
-    nulls, none, one = outputs(n, modulus, sharpness)
+    nulls, none, one = _outputs(n, modulus, sharpness)
     both = torch.tensor([0.0, 1.0], dtype=torch.float64).view(1, 1, 2, 1)
     error = certify(approximation, dim, [both, both], None, 1, dtype, dtype).error.item()
     # Each entry is rounded too, and computed in a few steps.
@@ -135,7 +135,7 @@ def best_setting(n: int, modulus: int, dtype: torch.dtype = torch.float64, margi
     for degree in range(1, MAX_DEGREE + 1):
         best = None
         for sharpness in sharpnesses:
-            _, none, one = outputs(n, modulus, sharpness)
+            _, none, one = _outputs(n, modulus, sharpness)
             if (one - none) / 2 < margin:
                 continue
             try:
