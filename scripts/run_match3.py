@@ -282,8 +282,9 @@ python scripts/run_match3.py --output {o.output} --kinds --report {o.report}
 Models of one layer and 2 heads, without positions, and of the same size: wider MLPs make up for the projections of a tensor layer. All
 kinds see the same examples, which are never repeated. Rows are drawn so that labels are spread evenly over the four quarters of the share
 of ones ([arXiv 2501.19215](https://arxiv.org/abs/2501.19215)). Rows of Match3 hold no 0 and never both x and -2x: matches that repeat a
-residue, which attention to single tokens finds, would otherwise be some two thirds of the ones. Accuracy on {2 * HELD_OUT:,} held-out rows of
-the least and the greatest length, mean and standard deviation over seeds; processor time of forward and backward on the longest rows.
+residue, which attention to single tokens finds, would otherwise be some two thirds of the ones. Accuracy on {2 * HELD_OUT:,} held-out
+rows of the least and the greatest length, mean and standard deviation over seeds; processor time of forward and backward on the longest
+rows.
 
 {studies}
 
