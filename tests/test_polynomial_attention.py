@@ -19,7 +19,7 @@ from tensor_properties import (
     sees_exactly_what_is_visible,
 )
 from test_multipole_attention import peak_bytes
-from test_tensor_attention import match3, tensors
+from test_tensor_attention import tensors
 
 from hf_multipole import tensor_attention
 from hf_multipole.modeling import polynomial_attention as module
@@ -423,47 +423,3 @@ def test_long_rows_keep_their_precision():
             size = value[:, :, part].abs().max().item()
             # Ten features, sums of 64 tokens: a hundred roundings and a few more.
             assert_within(actual[name][:, :, part], value[:, :, part], 300 * torch.finfo(torch.float32).eps * size, name, part)
-
-
-# Where detection and bounded entries part ways
-
-
-def test_match3():
-    """The constructed solution for a modulus of 5, with a margin that the certificate covers in short rows only.
-
-    Two frequencies give a triple the score 2 * beta and any other pair -beta / 2; pairs with the null token, of keys and value 0,
-    have score 0. A row of n tokens then needs exp(2.5 * beta) of the order of n ** 2 for one triple to stand out, while the entries
-    allow scores up to R = 8 * beta. So the margin that n asks for drives R, and with it the degree, up with log n.
-    """
-
-    def solve(row, beta):
-        n = len(row)
-        angles = 2 * math.pi * torch.arange(1, 3, dtype=torch.float64) / 5
-        c, s = (row[:, None] * angles).cos(), (row[:, None] * angles).sin()
-        null = torch.zeros(1, 8, dtype=torch.float64)
-        q, k1, k2 = (torch.cat([torch.cat(parts, 1), null])[None, None] for parts in ([c, -c, -s, -s], [c, s, c, s], [c, s, s, c]))
-        v = torch.cat([torch.ones(n, 1), torch.zeros(1, 1)]).double()[None, None]
-        # The weight of none and of one triple among the n ** 2 pairs; the threshold lies between.
-        rest, nulls = math.exp(-beta / 2), 2 * n + 1
-        none, one = n**2 * rest, math.exp(2 * beta) + (n**2 - 1) * rest
-        margin = (one / (one + nulls) - none / (none + nulls)) / 2
-        out, certificate = polynomial(
-            q, [k1, k2], [v, v], scale=beta, causal=False, entry_bound=1.0, tolerance=0.03, return_certificate=True
-        )
-        threshold = none / (none + nulls) + margin
-        return out[0, 0, :-1, 0] > threshold, margin, certificate
-
-    seen = set()
-    for numbers in itertools.product(range(5), repeat=3):
-        row = torch.tensor(numbers)
-        found, margin, certificate = solve(row, beta=0.75)
-        assert certificate.delta < 0.03 and certificate.error.max() < margin  # so that every label is certain
-        labels = match3(row, 5)
-        assert torch.equal(found, labels), numbers
-        seen |= set(labels.tolist())
-    assert seen == {True, False}
-    # At the same entries a longer row has too small a margin; at a scale that restores the margin, nothing can be certified.
-    _, margin, certificate = solve(torch.arange(40) % 5, beta=0.75)
-    assert margin < certificate.error.max()
-    with pytest.raises(BoundViolation, match="no polynomial"):
-        solve(torch.arange(40) % 5, beta=0.75 + 2 / 2.5 * math.log(40 / 3))

@@ -275,15 +275,14 @@ def _read_causal(q, keys, values, of_keys, before, weights, coefficients):
 
 
 class _Sums(torch.autograd.Function):
-    """Numerators and denominators, and the state after the last token; see ``attend`` for the arguments.
+    """Numerators and denominators, and the state after the last token; see ``attend`` for the tensors, of which plan is made.
 
     Both directions go through the row a chunk at a time; the backward pass differentiates one chunk after the other.
     """
 
     @staticmethod
-    def forward(ctx, q, keys, values, state, approximation, causal, kernels):
-        first = keys.shape[2] - q.shape[2]
-        plan = ctx.plan = _Plan(q, keys, values.shape[-1], approximation, causal, kernels)
+    def forward(ctx, q, keys, values, state, plan):
+        ctx.plan, first, causal = plan, plan.first, plan.causal
         state = state.clone()
         ctx.mark_non_differentiable(state)
         out = q.new_empty(*q.shape[:3], values.shape[-1])
@@ -306,7 +305,7 @@ class _Sums(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         q, keys, values, state = ctx.saved_tensors
-        plan, first = ctx.plan, keys.shape[2] - q.shape[2]
+        plan, first = ctx.plan, ctx.plan.first
         grads = [torch.zeros_like(x) for x in (q, keys, values)]
         grad_state = torch.zeros_like(state)
 
@@ -341,23 +340,23 @@ class _Sums(torch.autograd.Function):
                 k, v = leaves(keys[:, :, part], values[:, :, part])
                 total = plan.absorb(k, v)[1].double().sum(2)
                 grads[1][:, :, part], grads[2][:, :, part] = torch.autograd.grad(total, (k, v), grad_state)
-        return *grads, None, None, None, None
+        return *grads, None, None
 
 
 class _Plan:
     """How a call is cut into parts, and what works on them: functions of this file, or kernels."""
 
     def __init__(self, q, keys, width: int, approximation: Approximation, causal: bool, kernels: bool):
-        (groups, repeats, _, dim), indices = q.shape, len(keys)
-        self.approximation, self.causal, self.first = approximation, causal, keys.shape[2] - q.shape[2]
+        (groups, repeats, queries, dim), (indices, _, n, _) = q.shape, keys.shape
+        self.approximation, self.causal, self.first = approximation, causal, n - queries
         self.degree = len(approximation.coefficients) - 1
         self.weights = _weights(approximation, dim, q)
         self.features, self.causal_sums = features, None
-        self.chunk = _CHUNK.get(indices, 2) if causal else _SUMMED
-        choices = self.chunk ** max(1, indices - 1) if causal else 1
-        at_once = _AT_ONCE // (groups * max(repeats * choices, indices) * len(self.weights)) // self.chunk
+        self.chunk = _CHUNK.get(indices, 2) if causal else max(1, min(_SUMMED, n))
         # Beyond this many chunks, the sum of the chunks would round more often than the certificate says.
-        chunks = _SUMMED - self.chunk if causal else 8
+        most = _SUMMED - self.chunk if causal else 8
+        choices = self.chunk ** max(1, indices - 1) if causal else 1
+        chunks = _AT_ONCE // (max(repeats * choices, indices) * len(self.weights) * self.chunk)  # of one group
         if kernels:
             from .polynomial_triton import CHUNK, causal_sums, feature_map
 
@@ -365,9 +364,10 @@ class _Plan:
             if causal:
                 self.chunk = CHUNK
                 # A chunk's tokens are summed twice: for the chunks after it, and one by one.
-                chunks = _SUMMED - 2 * self.chunk
-            at_once = _AT_ONCE_ON_DEVICE // (groups * len(self.weights) * ((repeats + indices) * self.chunk + indices * width))
-        self.size = self.chunk * max(1, min(at_once, chunks))
+                most = _SUMMED - 2 * self.chunk
+            chunks = _AT_ONCE_ON_DEVICE // (len(self.weights) * ((repeats + indices) * self.chunk + indices * width))  # of one group
+        self.together = max(1, min(groups, chunks))  # groups that are worked on side by side
+        self.size = self.chunk * max(1, min(chunks // self.together, most))
 
     def absorb(self, keys, values):
         return _absorb(keys, values, self.degree, self.chunk, self.features)
@@ -413,6 +413,9 @@ def attend(q, keys, values, approximation: Approximation, *, causal: bool, state
     groups = (q / bound).unflatten(1, (kv_heads, -1)).flatten(0, 1)
     tensors = groups, (keys / bound).flatten(1, 2), values.flatten(1, 2), state.flatten(1, 2)
     with torch.autocast(q.device.type, enabled=False):
-        sums, state = _Sums.apply(*tensors, approximation, causal, kernels)
+        plan = _Plan(*tensors[:2], values.shape[-1], approximation, causal, kernels)
+        parts = zip(tensors[0].split(plan.together), *(x.split(plan.together, 1) for x in tensors[1:]))
+        results = [_Sums.apply(*part, plan) for part in parts]
+        sums, state = (torch.cat(of_parts, dim) for of_parts, dim in zip(zip(*results), (0, 1)))
     out = sums[..., :-1] / sums[..., -1:]
     return out.unflatten(0, (batch, kv_heads)).flatten(1, 2), state.unflatten(1, (batch, kv_heads))
