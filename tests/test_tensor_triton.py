@@ -399,7 +399,8 @@ def test_auto_leaves_other_devices_to_pytorch(monkeypatch):
 @pytest.mark.parametrize("file", ["tensor_triton", "polynomial_triton"])
 def test_a_triton_that_is_missing_or_too_old(monkeypatch, file, version, words):
     name = f"hf_multipole.modeling.{file}"
-    monkeypatch.delitem(sys.modules, name, raising=False)
+    for loaded in (name, "hf_multipole.modeling.common_triton"):
+        monkeypatch.delitem(sys.modules, loaded, raising=False)
     if version is None:
         monkeypatch.setitem(sys.modules, "triton", None)
     else:

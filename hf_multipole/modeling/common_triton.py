@@ -3,6 +3,7 @@
 The only file that imports Triton; it is loaded when a kernel runs, not before.
 """
 
+import os
 from contextlib import nullcontext
 
 import torch
@@ -11,14 +12,15 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("the kernels of multipole attention need Triton: pip install 'triton>=3.3', or pass backend='torch'") from error
+    raise ImportError("the GPU kernels need Triton: pip install 'triton>=3.3', or pass backend='torch'") from error
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
     raise ImportError(
-        f"the kernels of multipole attention need Triton 3.3 or later, but this is {triton.__version__}: "
+        f"the GPU kernels need Triton 3.3 or later, but this is {triton.__version__}: "
         "upgrade PyTorch, which brings it, or pass backend='torch'"
     )
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -26,19 +28,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def round_to(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def round_to(x, dtype: tl.constexpr):
     """float32 to another dtype, to the nearest; Triton's interpreter would cut bfloat16 off."""
-    if PRECISION is None and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    if PRECISION is None:  # Triton's interpreter would multiply the bits of bfloat16
+def dot(a, b):
+    if INTERPRETED:  # Triton's interpreter would multiply the bits of bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -51,17 +53,15 @@ def load_rows(start, row, stride, seen, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_rows(start, row, stride, seen, x, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def store_rows(start, row, stride, seen, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
-    tl.store(
-        start + row[:, None].to(tl.int64) * stride + column, round_to(x, start.dtype.element_ty, PRECISION), seen[:, None] & (column < DIM)
-    )
+    tl.store(start + row[:, None].to(tl.int64) * stride + column, round_to(x, start.dtype.element_ty), seen[:, None] & (column < DIM))
 
 
 @triton.jit
-def logits(a, b, scale, softcap, PRECISION: tl.constexpr):
+def logits(a, b, scale, softcap):
     """Logits of all pairs of rows, and the derivative of the cap."""
-    x = dot(a, tl.trans(b), PRECISION) * scale
+    x = dot(a, tl.trans(b)) * scale
     slope = 1.0
     if softcap is not None:
         decay = tl.exp2(tl.abs(x) * (-2 * LOG2E / softcap))
@@ -72,19 +72,17 @@ def logits(a, b, scale, softcap, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def absorb(x, v, acc, top, total, PRECISION: tl.constexpr):
+def absorb(x, v, acc, top, total):
     """One tile of logits and values into the running softmax: sum of values, greatest logit, sum of weights."""
     new = tl.maximum(top, tl.max(x, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # of a query that has seen nothing yet
     weights = tl.exp2(x - base[:, None])
     decay = tl.exp2(top - base)
-    acc = acc * decay[:, None] + dot(round_to(weights, v.dtype, PRECISION), v, PRECISION)
+    acc = acc * decay[:, None] + dot(round_to(weights, v.dtype), v)
     return acc, new, total * decay + tl.sum(weights, 1)
 
 
 # Launches
-
-PRECISION = "ieee" if isinstance(dot, triton.JITFunction) else None  # of products; None in the interpreter
 
 
 def tile_size(n: int) -> int:

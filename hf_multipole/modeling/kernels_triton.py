@@ -72,7 +72,7 @@ def _visible(query, key, stop, document, slots, CAUSAL: tl.constexpr):
 @triton.jit
 def _near(
     q, query, k_, v_, k_n, v_n, start, stop, document, slots, acc, top, total, scale, softcap,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Keys from ``start`` to ``stop`` into the running softmax; without MASKED every query sees them all."""
@@ -80,7 +80,7 @@ def _near(
         key = first + tl.arange(0, BLOCK_N)
         k = load_rows(k_, key, k_n, key < stop, DIM, BLOCK_D)
         v = load_rows(v_, key, v_n, key < stop, WIDTH, BLOCK_W)
-        x, _ = logits(q, k, scale, softcap, PRECISION)
+        x, _ = logits(q, k, scale, softcap)
         if MASKED:
             seen = _visible(query[:, None], key[None, :], stop, document, slots, CAUSAL)
             # Zero times a value that is not finite is NaN: such a value must reach exactly the queries that see its key. So it
@@ -88,7 +88,7 @@ def _near(
             nought = v.to(tl.float32) * 0.0
             v = tl.where(nought == 0, v, 0.0).to(v.dtype)
             x = tl.where(seen, x + tl.sum(nought, 1)[None, :], float("-inf"))
-        acc, top, total = absorb(x, v, acc, top, total, PRECISION)
+        acc, top, total = absorb(x, v, acc, top, total)
     return acc, top, total
 
 
@@ -111,7 +111,7 @@ def forward(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n, counts_b, counts_h, document_b,
     tiles, blocks, block_size, heads, repeats, begin, levels, summaries, biases, size, scale, softcap,
     CAUSAL: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     SIDES: tl.constexpr = 1 if CAUSAL else 2
     batch, head, kv_head, block, start, query, real = _place(tiles, blocks, block_size, heads, repeats, BLOCK_M)
@@ -138,11 +138,11 @@ def forward(
     shared = low + (shared - low) // BLOCK_N * BLOCK_N
     acc, top, total = _near(
         q, query, k_, v_, k_n, v_n, low, shared, document_, slots, acc, top, total, scale, softcap,
-        False, CAUSAL, PRECISION, DIM, WIDTH, BLOCK_D, BLOCK_W, BLOCK_N,
+        False, CAUSAL, DIM, WIDTH, BLOCK_D, BLOCK_W, BLOCK_N,
     )  # fmt: skip
     acc, top, total = _near(
         q, query, k_, v_, k_n, v_n, shared, high, document_, slots, acc, top, total, scale, softcap,
-        True, CAUSAL, PRECISION, DIM, WIDTH, BLOCK_D, BLOCK_W, BLOCK_N,
+        True, CAUSAL, DIM, WIDTH, BLOCK_D, BLOCK_W, BLOCK_N,
     )  # fmt: skip
 
     far_k_ += (batch * (heads // repeats) + kv_head) * summaries * DIM
@@ -158,20 +158,20 @@ def forward(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = round_to(load_rows(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
-        v = round_to(load_rows(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
-        x, _ = logits(q, k, scale, softcap, PRECISION)
-        acc, top, total = absorb(x + bias[None, :], v, acc, top, total, PRECISION)
+        k = round_to(load_rows(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype)
+        v = round_to(load_rows(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype)
+        x, _ = logits(q, k, scale, softcap)
+        acc, top, total = absorb(x + bias[None, :], v, acc, top, total)
 
-    store_rows(out_ + batch * out_b + head * out_h, query, out_n, real, acc / total[:, None], WIDTH, BLOCK_W, PRECISION)
+    store_rows(out_ + batch * out_b + head * out_h, query, out_n, real, acc / total[:, None], WIDTH, BLOCK_W)
     tl.store(lse_ + (batch * heads + head) * slots + query, top + tl.log2(total), real)
 
 
 @triton.jit
-def _logit_gradient(x, lse, grad, v, delta, seen, PRECISION: tl.constexpr):
+def _logit_gradient(x, lse, grad, v, delta, seen):
     """Weights, and the gradient of the (capped, biased) logits; the rows are queries."""
     weights = tl.where(seen, tl.exp2(x - lse), 0.0)
-    return weights, tl.where(seen, weights * (dot(grad, tl.trans(v), PRECISION) - delta), 0.0)
+    return weights, tl.where(seen, weights * (dot(grad, tl.trans(v)) - delta), 0.0)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def backward_queries(
     counts_b, counts_h, document_b,
     tiles, blocks, block_size, heads, repeats, begin, levels, summaries, biases, size, scale, softcap,
     CAUSAL: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries; also keeps ``delta`` for the other kernels: what is taken from the slope of every logit of a query, the
     product of its output and the output's gradient, less what comes through its log-sum-exp.
@@ -213,10 +213,10 @@ def backward_queries(
         key = key_start + tl.arange(0, BLOCK_N)
         k = load_rows(k_, key, k_n, key < high, DIM, BLOCK_D)
         v = load_rows(v_, key, v_n, key < high, WIDTH, BLOCK_W)
-        x, slope = logits(q, k, scale, softcap, PRECISION)
+        x, slope = logits(q, k, scale, softcap)
         seen = _visible(query[:, None], key[None, :], high, document_, slots, CAUSAL)
-        _, inner = _logit_gradient(x, lse[:, None], grad, v, delta[:, None], seen, PRECISION)
-        acc += dot(round_to(inner * slope, k.dtype, PRECISION), k, PRECISION)
+        _, inner = _logit_gradient(x, lse[:, None], grad, v, delta[:, None], seen)
+        acc += dot(round_to(inner * slope, k.dtype), k)
 
     far_k_ += (batch * (heads // repeats) + kv_head) * summaries * DIM
     far_v_ += (batch * (heads // repeats) + kv_head) * summaries * WIDTH
@@ -231,12 +231,12 @@ def backward_queries(
         summary, seen, bias = _far_tile(
             column, begin + block, block_size, levels, first_, last_, table, counts_, far_bias_, biases, size, SIDES, RANK, BLOCK_F
         )
-        k = round_to(load_rows(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype, PRECISION)
-        v = round_to(load_rows(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype, PRECISION)
-        x, slope = logits(q, k, scale, softcap, PRECISION)
-        _, inner = _logit_gradient(x + bias[None, :], lse[:, None], grad, v, delta[:, None], seen[None, :], PRECISION)
-        acc += dot(round_to(inner * slope, k.dtype, PRECISION), k, PRECISION)
-    store_rows(grad_q_ + batch * grad_q_b + head * grad_q_h, query, grad_q_n, real, acc * scale, DIM, BLOCK_D, PRECISION)
+        k = round_to(load_rows(far_k_, summary, DIM, seen, DIM, BLOCK_D), q.dtype)
+        v = round_to(load_rows(far_v_, summary, WIDTH, seen, WIDTH, BLOCK_W), q.dtype)
+        x, slope = logits(q, k, scale, softcap)
+        _, inner = _logit_gradient(x + bias[None, :], lse[:, None], grad, v, delta[:, None], seen[None, :])
+        acc += dot(round_to(inner * slope, k.dtype), k)
+    store_rows(grad_q_ + batch * grad_q_b + head * grad_q_h, query, grad_q_n, real, acc * scale, DIM, BLOCK_D)
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def backward_keys(
     grad_k_b, grad_k_h, grad_k_n, grad_v_b, grad_v_h, grad_v_n,
     tiles, blocks, block_size, kv_heads, repeats, scale, softcap,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values in the near field: tiles of their own block and its neighbours, query heads one by one."""
     batch, kv_head, _, block, start, key, real = _place(tiles, blocks, block_size, kv_heads, 1, BLOCK_N)
@@ -269,15 +269,15 @@ def backward_keys(
             grad = load_rows(grad_ + batch * grad_b + head * grad_h, query, grad_n, query < high, WIDTH, BLOCK_W)
             lse = tl.load(lse_ + row + query, query < high, float("inf"))
             delta = tl.load(delta_ + row + query, query < high, 0.0)
-            x, slope = logits(k, q, scale, softcap, PRECISION)
+            x, slope = logits(k, q, scale, softcap)
             seen = _visible(query[None, :], key[:, None], end, document_, slots, CAUSAL) & (query < high)[None, :]
             weights = tl.where(seen, tl.exp2(x - lse[None, :]), 0.0)
-            inner = dot(v, tl.trans(grad), PRECISION) - delta[None, :]
+            inner = dot(v, tl.trans(grad)) - delta[None, :]
             inner = tl.where(seen, weights * inner, 0.0) * slope
-            grad_v += dot(round_to(weights, grad.dtype, PRECISION), grad, PRECISION)
-            grad_k += dot(round_to(inner, q.dtype, PRECISION), q, PRECISION)
-    store_rows(grad_k_ + batch * grad_k_b + kv_head * grad_k_h, key, grad_k_n, real, grad_k * scale, DIM, BLOCK_D, PRECISION)
-    store_rows(grad_v_ + batch * grad_v_b + kv_head * grad_v_h, key, grad_v_n, real, grad_v, WIDTH, BLOCK_W, PRECISION)
+            grad_v += dot(round_to(weights, grad.dtype), grad)
+            grad_k += dot(round_to(inner, q.dtype), q)
+    store_rows(grad_k_ + batch * grad_k_b + kv_head * grad_k_h, key, grad_k_n, real, grad_k * scale, DIM, BLOCK_D)
+    store_rows(grad_v_ + batch * grad_v_b + kv_head * grad_v_h, key, grad_v_n, real, grad_v, WIDTH, BLOCK_W)
 
 
 @triton.jit
@@ -287,7 +287,7 @@ def backward_summaries(
     units, blocks, block_size, kv_heads, repeats, begin, levels, summaries, parts, biases, size, scale, softcap,
     CAUSAL: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """What UNIT blocks of queries give to the summaries that they see at one level, in parts of one parent's queries each.
 
@@ -316,8 +316,8 @@ def backward_summaries(
         group, summary, _ = _listed(inner, level, block >> level, table, RANK)
         place = group - tl.load(table + 3 * level)
         exists = (inner < tl.where(low < high, COLUMNS, 0)) & (place >= 0) & (place < tl.load(table + 3 * level + 1))
-        k = round_to(load_rows(far_k_, summary, DIM, exists, DIM, BLOCK_D), q_.dtype.element_ty, PRECISION)
-        v = round_to(load_rows(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W), q_.dtype.element_ty, PRECISION)
+        k = round_to(load_rows(far_k_, summary, DIM, exists, DIM, BLOCK_D), q_.dtype.element_ty)
+        v = round_to(load_rows(far_v_, summary, WIDTH, exists, WIDTH, BLOCK_W), q_.dtype.element_ty)
         part_k = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
         part_v = tl.zeros([BLOCK_F, BLOCK_W], tl.float32)
         for repeat in range(repeats):
@@ -341,17 +341,17 @@ def backward_summaries(
                     last = tl.load(last_ + at, query < high, 0)
                     width = block_size << level
                     seen &= ((group * width)[:, None] >= first[None, :]) & (((group + 1) * width)[:, None] <= last[None, :])
-                x, slope = logits(k, q, scale, softcap, PRECISION)
+                x, slope = logits(k, q, scale, softcap)
                 weights = tl.where(seen, tl.exp2(x + bias[:, None] - lse[None, :]), 0.0)
-                change = dot(v, tl.trans(grad), PRECISION) - delta[None, :]
+                change = dot(v, tl.trans(grad)) - delta[None, :]
                 change = tl.where(seen, weights * change, 0.0)
                 sums += tl.sum(change, 1)
-                part_v += dot(round_to(weights, grad.dtype, PRECISION), grad, PRECISION)
-                part_k += dot(round_to(change * slope, q.dtype, PRECISION), q, PRECISION)
+                part_v += dot(round_to(weights, grad.dtype), grad)
+                part_k += dot(round_to(change * slope, q.dtype), q)
             tl.store(sums_ + ((row * repeats + repeat) * parts + part) * COLUMNS + inner, sums, inner < COLUMNS)
         at = (row * parts + part) * COLUMNS
-        store_rows(part_k_ + at * DIM, inner, DIM, inner < COLUMNS, part_k * scale, DIM, BLOCK_D, PRECISION)
-        store_rows(part_v_ + at * WIDTH, inner, WIDTH, inner < COLUMNS, part_v, WIDTH, BLOCK_W, PRECISION)
+        store_rows(part_k_ + at * DIM, inner, DIM, inner < COLUMNS, part_k * scale, DIM, BLOCK_D)
+        store_rows(part_v_ + at * WIDTH, inner, WIDTH, inner < COLUMNS, part_v, WIDTH, BLOCK_W)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from .common_triton import PRECISION, launch, tile_size, triton
+from .common_triton import launch, tile_size, triton
 from .kernels_triton import add_parts, backward_keys, backward_queries, backward_summaries, forward
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
@@ -54,7 +54,7 @@ def _arguments(
         rows=batch * kv_heads, heads=heads, kv_heads=kv_heads, repeats=heads // kv_heads,
         blocks=slots // block_size, block_size=block_size, begin=first_block, RANK=rank, CAUSAL=causal,
         size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap,
-        DIM=dim, WIDTH=value_dim, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(value_dim), PRECISION=PRECISION,
+        DIM=dim, WIDTH=value_dim, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(value_dim),
     )  # fmt: skip
 
 

@@ -11,17 +11,7 @@ from functools import lru_cache
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("the kernels of tensor attention need Triton: pip install 'triton>=3.3', or pass backend='torch'") from error
-
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-    raise ImportError(
-        f"the kernels of tensor attention need Triton 3.3 or later, but this is {triton.__version__}: "
-        "pip install -U triton, or pass backend='torch'"
-    )
+from .common_triton import tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")

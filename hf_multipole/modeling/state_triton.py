@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .common_triton import LOG2E, PRECISION, absorb, launch, load_rows, logits, tile_size, tl, triton
+from .common_triton import LOG2E, absorb, launch, load_rows, logits, tile_size, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
@@ -28,7 +28,7 @@ def _step(
     q_, keys_, values_, lengths_, far_bias_, out_, q_b, q_h, keys_b, keys_h, keys_n, values_b, values_h, values_n,
     length, kv_heads, repeats, slots, ring, groups, levels, block_size, biases, size, scale, softcap,
     RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program a row and key head, whose query heads are its queries."""
     row = (tl.program_id(0) // kv_heads).to(tl.int64)
@@ -48,7 +48,7 @@ def _step(
         near, far, level = _visible(slot, last, ring, groups, levels, block_size, RANK)
         k = load_rows(keys_ + row * keys_b + kv_head * keys_h, slot, keys_n, near | far, DIM, BLOCK_D)
         v = load_rows(values_ + row * values_b + kv_head * values_h, slot, values_n, near | far, WIDTH, BLOCK_W)
-        x, _ = logits(q, k, scale, softcap, PRECISION)
+        x, _ = logits(q, k, scale, softcap)
         bias = tl.zeros_like(x)
         if size is not None:
             bias += tl.where(far, size + level, 0.0)[None, :]
@@ -57,7 +57,7 @@ def _step(
             seen = real[:, None] & far[None, :]
             bias += tl.load(far_bias_ + (head * biases)[:, None] + column[None, :], seen, 0.0) * LOG2E
         x = tl.where((near | far)[None, :], x + bias, float("-inf"))
-        acc, top, total = absorb(x, v, acc, top, total, PRECISION)
+        acc, top, total = absorb(x, v, acc, top, total)
     column = tl.arange(0, BLOCK_W)
     at = (row * kv_heads * repeats + head)[:, None] * WIDTH + column
     tl.store(out_ + at, acc / total[:, None], real[:, None] & (column < WIDTH))
@@ -98,7 +98,6 @@ def step(
         block_size=block_size, size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap, RANK=rank,
         DIM=dim, WIDTH=width, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(width),
         BLOCK_M=tile_size(heads // kv_heads), BLOCK_N=32 if max(dim, width) <= 128 else 16,
-        PRECISION=PRECISION,
     )  # fmt: skip
     launch(_step, q.device, batch * kv_heads, arguments)
     return out

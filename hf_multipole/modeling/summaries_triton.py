@@ -6,7 +6,7 @@ The merge of the hierarchical summaries is the same map, of the ``2 * rank`` sum
 
 import torch
 
-from .common_triton import PRECISION, launch, round_to, tl, triton
+from .common_triton import launch, round_to, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
@@ -41,7 +41,6 @@ def _forward(
 def _backward_tokens(
     grad_x_, grad_, weight_, x_b, x_h, x_g, x_n, heads, groups, width, tiles,
     RANK: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to what other uses of the tokens gave, in float32."""
     t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -59,7 +58,7 @@ def _backward_tokens(
         at = ((r * width)[:, None] + t)[:, :, None] * DIM + channel
         weight = tl.load(weight_ + at, (r < RANK)[:, None, None] & real[None], 0.0)
         acc += tl.sum(grad[:, None] * weight.to(tl.float32), 0)
-    tl.store(grad_x_ + t[:, None].to(tl.int64) * x_n + channel, round_to(acc, grad_x_.dtype.element_ty, PRECISION), real)
+    tl.store(grad_x_ + t[:, None].to(tl.int64) * x_n + channel, round_to(acc, grad_x_.dtype.element_ty), real)
 
 
 @triton.jit
@@ -91,7 +90,7 @@ def _arguments(x: torch.Tensor, weight: torch.Tensor) -> dict:
     block_r, block_d = min(8, triton.next_power_of_2(rank)), triton.next_power_of_2(dim)
     block_t = max(1, min(triton.next_power_of_2(width), _ELEMENTS // (block_r * block_d)))
     strides = dict(zip(("x_b", "x_h", "x_g", "x_n"), x.stride()))
-    sizes = dict(batch=batch, heads=heads, groups=groups, width=width, RANK=rank, DIM=dim, PRECISION=PRECISION)
+    sizes = dict(batch=batch, heads=heads, groups=groups, width=width, RANK=rank, DIM=dim)
     return strides | sizes | dict(BLOCK_R=block_r, BLOCK_T=block_t, BLOCK_D=block_d, weight_=weight.contiguous())
 
 

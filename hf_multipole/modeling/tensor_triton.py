@@ -11,28 +11,16 @@ Products are rounded to bfloat16, or for float16, whose range they may leave, to
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("the kernels of tensor attention need Triton: pip install 'triton>=3.3', or pass backend='torch'") from error
-
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-    raise ImportError(
-        f"the kernels of tensor attention need Triton 3.3 or later, but this is {triton.__version__}: "
-        "pip install -U triton, or pass backend='torch'"
-    )
+from .common_triton import INTERPRETED, round_to, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
 LN2 = tl.constexpr(math.log(2))
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 # What kernels share
@@ -65,26 +53,17 @@ def _rows(matrix, rows, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _narrow(x, DTYPE: tl.constexpr):
-    """float32 to another dtype, to the nearest; Triton's interpreter would cut bfloat16 off."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def _store_rows(matrix, rows, inside, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     mask = inside[:, None] & (column < DIM)[None, :]
-    tl.store(matrix + rows[:, None] * DIM + column[None, :], _narrow(x, matrix.dtype.element_ty), mask=mask)
+    tl.store(matrix + rows[:, None] * DIM + column[None, :], round_to(x, matrix.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr):
     """float32 numbers as operands of a matrix product."""
     if DTYPE == tl.bfloat16:
-        return _narrow(x, tl.bfloat16)
+        return round_to(x, tl.bfloat16)
     elif DTYPE == tl.float16:
         # To the nearest, which the hardware does not do.
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
