@@ -128,8 +128,8 @@ def verify(o):
                 sys.exit(f"{part}, {name}: wrong: nothing is timed")
 
 
-def timed(o, work, *arguments):
-    wait = torch.cuda.synchronize if o.device == "cuda" else int
+def timed(device, work, *arguments):
+    wait = torch.cuda.synchronize if device == "cuda" else int
     wait()
     wall, cpu = time.perf_counter(), time.process_time()
     work(*arguments)
@@ -153,8 +153,8 @@ def measure(o, part, n, bar):
         for name, samples, function, options in entries:
             for which in PASSES:
                 bar.set_postfix_str(f"{part}, n = {n}, {name}")
-                product = timed(o, torch.mm, matrix, matrix)[0]
-                sample = timed(o, run, function, inputs, upstream, options, which == "both")
+                product = timed(o.device, torch.mm, matrix, matrix)[0]
+                sample = timed(o.device, run, function, inputs, upstream, options, which == "both")
                 if i:  # the first round warms up
                     samples[which].append(sample)
                     products.append(product)

@@ -62,10 +62,10 @@ def local(q, k, v, causal, scaling):
 
 
 def h_transformer_1d(q, k, v, causal, scaling):
-    peers = import_module("h_transformer_1d.h_transformer_1d")
     heads, n, dim = q.shape[1:]
     if not causal and n & (n - 1):
         raise ValueError(f"peer_h_transformer_1d would attend to its own padding: rows must have a power of 2 of tokens, not {n}")
+    peers = import_module("h_transformer_1d.h_transformer_1d")
     kind = peers.CausalHAttention1D if causal else peers.HAttention1D
     peer = kind(1, max_seq_len=1 << (n - 1).bit_length(), heads=heads, dim_head=dim, block_size=BLOCK_SIZE).to(q.device)
     peer.scale, peer.to_qkv, peer.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()

@@ -160,7 +160,7 @@ def measure(o, steps):
             for job, inputs, options in found:
                 path = "exact" if job["degree"] is None else f"degree {job['degree']}"
                 bar.set_postfix_str(f"order {job['order']}, {path}, n = {job['n']}")
-                seconds, used = timed(run, inputs, options)
+                seconds, used = timed("cpu", run, inputs, options)
                 if i:  # the first round warms up
                     job["samples"].append(used)
                     wall, cpu = wall + seconds, cpu + used

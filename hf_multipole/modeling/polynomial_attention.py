@@ -244,33 +244,48 @@ def _absorb(keys, values, degree: int, chunk: int, features):
     return of_keys, of_keys.mT @ values
 
 
+class _Chunks(NamedTuple):
+    """What the sums over tuples of tokens are made of, cut into chunks."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    of_keys: torch.Tensor  # features
+    before: torch.Tensor  # the states before each chunk
+    seen: torch.Tensor  # by the tokens of a chunk, of its tokens
+    powers: list[float]  # coefficients of the powers of a score
+
+
+def _with_tokens(x, y):
+    """``(groups, chunks, repeats, chunk, choices, dim)`` times ``(groups, chunks, chunk, dim)``."""
+    return (x.unsqueeze(5) * y[:, :, None, None, None]).flatten(4, 5)
+
+
+def _outputs(parts: _Chunks, index: int, x, of_x, product):
+    """The sums over the indices from ``index`` on, of whose tuples some tokens, or those before, lie in the chunk.
+
+    x: ``(groups, chunks, repeats, chunk, choices, dim)``, queries times keys; product: of the sums of indices before the chunk.
+    """
+    indices = len(parts.keys)
+    if index == indices:
+        if product is None:
+            return _evaluate(parts.powers, x.sum(-1, keepdim=True))
+        return (of_x.flatten(2, 4) @ product).unflatten(2, of_x.shape[2:5])
+    earlier = parts.before[index] if product is None else product * parts.before[index]
+    out = _outputs(parts, index + 1, x, of_x, earlier)
+    if product is not None or index < indices - 1:
+        of_x = _with_tokens(of_x, parts.of_keys[index])
+    inside = _outputs(parts, index + 1, _with_tokens(x, parts.keys[index]), of_x, product).unflatten(4, (-1, len(parts.seen)))
+    return out + (inside * (parts.values[index][:, :, None, None, None] * parts.seen)).sum(5)
+
+
 def _read_causal(q, keys, values, of_keys, before, weights, coefficients):
     """Numerators and denominators, from the states before each chunk and from the tuples of tokens of which some lie in it."""
-    groups, repeats, tokens, dim = q.shape
-    indices, _, chunks, chunk, _ = of_keys.shape
+    tokens, dim, chunk = *q.shape[2:], of_keys.shape[3]
     q, keys, values = (F.pad(x, (0, 0, 0, -tokens % chunk)).unflatten(2, (-1, chunk)) for x in (q, keys, values))
     seen = torch.ones(chunk, chunk, dtype=q.dtype, device=q.device).tril().view(chunk, 1, chunk, 1)
     powers = [c / dim**i for i, c in enumerate(coefficients)]
-
-    def outputs(index, x, of_x, product):
-        """x: ``(groups, chunks, repeats, chunk, choices, dim)``, queries times keys; product: of the sums of indices before the chunk."""
-        if index == indices:
-            if product is None:
-                return _evaluate(powers, x.sum(-1, keepdim=True))
-            return (of_x.flatten(2, 4) @ product).unflatten(2, of_x.shape[2:5])
-        earlier = before[index] if product is None else product * before[index]
-        out = outputs(index + 1, x, of_x, earlier)
-
-        def with_tokens(x, y):  # (groups, chunks, repeats, chunk, choices, dim) times (groups, chunks, chunk, dim)
-            return (x.unsqueeze(5) * y[:, :, None, None, None]).flatten(4, 5)
-
-        if product is not None or index < indices - 1:
-            of_x = with_tokens(of_x, of_keys[index])
-        inside = outputs(index + 1, with_tokens(x, keys[index]), of_x, product).unflatten(4, (-1, chunk))
-        return out + (inside * (values[index][:, :, None, None, None] * seen)).sum(5)
-
     x = q.transpose(1, 2).unsqueeze(4)
-    out = outputs(0, x, features(x, len(powers) - 1) * weights, None)
+    out = _outputs(_Chunks(keys, values, of_keys, before, seen, powers), 0, x, features(x, len(powers) - 1) * weights, None)
     return out.squeeze(4).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
