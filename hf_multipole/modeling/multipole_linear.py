@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .hierarchy import Alignment
-from .multipole_torch import BlockWork
+from .multipole_torch import BlockWork, save_inputs, saved_inputs
 from .summaries import compute_dtype
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
@@ -283,15 +283,9 @@ def _(grad, q, k, v, far_mean, far_total, *_):
     return tuple(torch.empty_like(x) for x in (q, k, v, far_mean, far_total))
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
-    ctx.plain = [None if isinstance(x, torch.Tensor) else (x,) for x in inputs]
-
-
 def _backward(ctx, grad):
-    tensors = iter(ctx.saved_tensors)
-    inputs = [next(tensors) if x is None else x[0] for x in ctx.plain]
+    inputs = saved_inputs(ctx)
     return *segment_attention_backward(grad.contiguous(), *inputs), *[None] * (len(inputs) - 5)
 
 
-segment_attention.register_autograd(_backward, setup_context=_save)
+segment_attention.register_autograd(_backward, setup_context=save_inputs)

@@ -290,17 +290,22 @@ def _(grad, q, k, v, far_k, far_v, far_index, far_bias, *_):
     return tuple(torch.empty_like(x) for x in (q, k, v, far_k, far_v, far_bias))
 
 
-def _save(ctx, inputs, output):
+def save_inputs(ctx, inputs, output) -> None:
+    """Keeps an operator's arguments, some of them tensors, for its backward pass, which takes the same."""
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
     ctx.plain = [None if isinstance(x, torch.Tensor) else (x,) for x in inputs]
 
 
-def _backward(ctx, grad):
+def saved_inputs(ctx) -> list:
     tensors = iter(ctx.saved_tensors)
-    inputs = [next(tensors) if x is None else x[0] for x in ctx.plain]
+    return [next(tensors) if x is None else x[0] for x in ctx.plain]
+
+
+def _backward(ctx, grad):
+    inputs = saved_inputs(ctx)
     *grads, grad_bias = block_attention_backward(grad.contiguous(), *inputs)
     # far_index, between them, and everything after the bias have no gradient.
     return *grads, None, grad_bias, *[None] * (len(inputs) - 7)
 
 
-block_attention.register_autograd(_backward, setup_context=_save)
+block_attention.register_autograd(_backward, setup_context=save_inputs)
