@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import build
 
 ROOT = Path(__file__).parent.parent
@@ -199,3 +200,22 @@ def test_support_table(tmp_path):
     assert found["llama"] | {"convert": "yes", "state": "yes", "multipole layers": 2, "window layers": 0} == found["llama"]
     assert "s_aux" in found["gpt_oss"]["reason"]
     assert "| llama | causal | 2 + 0 | yes | yes |" in (tmp_path / "support.md").read_text()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_drawn_pattern_covers_every_token_once(causal, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from draw_pattern import cells
+
+    seen = torch.zeros(96, 96)
+    for query, queries, key, keys in (cell for found in cells(96, 8, 2, causal).values() for cell in found):
+        seen[query : query + queries, key : key + keys] += 1
+    torch.testing.assert_close(seen, torch.ones(96, 96).tril() if causal else torch.ones(96, 96))
+
+
+def test_pattern_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    run("draw_pattern.py", "--tokens", 32, "--output", "images/pattern.png", cwd=tmp_path)
+    assert (tmp_path / "images" / "pattern.png").stat().st_size > 1000
+    assert "multiple of --block-size" in run("draw_pattern.py", "--tokens", 33, "--output", "x.png", cwd=tmp_path, fails=True)
