@@ -277,7 +277,7 @@ def run_all(runs: list[Run], jobs: int, collect) -> list[str]:
 
 def results(runs: list[Run]) -> list[dict]:
     """What the runs that are done left in their figures.json."""
-    names = ("parameters", "metrics", "curve", "by_position", "seconds_per_step", "peak_memory")
+    names = ("parameters", "metrics", "curve", "by_position", "seconds_per_step", "cpu_seconds_per_step", "peak_memory")
     out = []
     for run in (run for run in runs if run.done):
         figures = json.loads((run.folder / "figures.json").read_text())
@@ -331,11 +331,13 @@ def table(rows: dict[str, list[dict]], first: str, metric: str) -> str:
                 least = student_t(spread[1]) * spread[0] * math.sqrt(1 / len(found) + 1 / len(rows[first]))
                 text = f"**{text}**" if abs(difference) > least else text
             cells.append(text)
-        seconds = [result["seconds_per_step"] for result in found if result["seconds_per_step"]]
-        cells += [f"{found[0]['parameters']:,}", f"{statistics.median(seconds):.3g}" if seconds else ""]
+        cells.append(f"{found[0]['parameters']:,}")
+        for name in ("seconds_per_step", "cpu_seconds_per_step"):
+            seconds = [result[name] for result in found if result[name]]
+            cells.append(f"{statistics.median(seconds):.3g}" if seconds else "")
         memory = [result["peak_memory"] for result in found if result["peak_memory"]]
         lines.append(f"| {' | '.join([*cells, f'{max(memory) / 1e6:,.0f}' if memory else ''])} |")
-    head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "parameters", "s a step", "peak memory, MB"]
+    head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "parameters", "s a step", "CPU s a step", "peak memory, MB"]
     text = "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *lines])
     most = max(map(len, values.values()))
     if spread and most > 1:
@@ -423,8 +425,8 @@ def write_report(name: str, command: str, runs: list[Run], rows: list[str], reco
 
 {len(found)} of {len(runs)} runs are done, on {info["processor"]} ({info["cores"]} cores, torch {info["torch"]}). Figures are means over
 seeds ± their standard deviation, on held-out text, at the end of training; differences in bold are larger than chance makes them in 95 %
-of comparisons of two rows. "s a step" is the median of the steps' own time, the median over seeds; peak memory is the whole process's,
-or on CUDA that of the tensors.
+of comparisons of two rows. "s a step" is the median of the steps' own time, "CPU s" of their processor time, and of these the median over
+seeds; where runs share a processor, the latter compares them. Peak memory is the whole process's, or on CUDA that of the tensors.
 """
     part = path.with_name(path.name + ".part")
     part.write_text("\n".join([text, *(section + "\n" for section in sections)]))

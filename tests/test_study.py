@@ -79,7 +79,12 @@ def test_a_study_interrupted_and_continued(tmp_path):
         figures = json.loads((folder / "figures.json").read_text())
         assert run["metrics"] == figures["metrics"] and 0 < run["metrics"]["bits_per_byte"] < 8
         assert [point["step"] for point in run["curve"]] == [10, 20, 30, 40]
-        assert run["seconds_per_step"] > 0 and run["peak_memory"] > 1e7 and run["by_position"][-1]["to"] == 32
+        assert (
+            run["seconds_per_step"] > 0
+            and run["cpu_seconds_per_step"] > 0
+            and run["peak_memory"] > 1e7
+            and run["by_position"][-1]["to"] == 32
+        )
     text = (tmp_path / "mini.md").read_text()
     assert f"| linear | {record['runs'][1]['metrics']['bits_per_byte']:.4f} | 1 |" in text and "2 of 2 runs are done" in text
     assert all(run.done for run in study.plan(path, tmp_path / "runs" / "mini")[0])
@@ -154,13 +159,13 @@ def test_what_can_be_told_apart(tmp_path):
     """s pooled over rows with several seeds, and bold where a difference from the first row is beyond t s sqrt(1 / a + 1 / b)."""
     values = {"first": [1.0, 1.1, 1.2], "near": [1.2, 1.3, 1.4], "far": [1.9], "apart": [2.0, 2.1, 2.2]}
     assert study.pooled(values) == (pytest.approx(0.1), 6)
-    common = {"parameters": 10, "seconds_per_step": 0.5, "peak_memory": 2e6}
+    common = {"parameters": 10, "seconds_per_step": 0.5, "cpu_seconds_per_step": 0.4, "peak_memory": 2e6}
     rows = {row: [{"metrics": {"bits_per_byte": x}} | common for x in several] for row, several in values.items()}
     text = study.table(rows, "first", "bits_per_byte")
     least = 2.44691 * 0.1 * math.sqrt(2 / 3)
     assert f"differ by {least:.4f} or more" in text and "6 degrees of freedom" in text
     assert "| near | 1.3000 ± 0.1000 | 3 | +0.2000 |" not in text and "| **+0.2000** |" in text  # 0.1998 tells them apart
-    assert "| far | 1.9000 | 1 | **+0.8000** | 10 | 0.5 | 2 |" in text
+    assert "| far | 1.9000 | 1 | **+0.8000** | 10 | 0.5 | 0.4 | 2 |" in text
 
 
 def test_the_report_of_a_masked_study(tmp_path):
@@ -173,15 +178,21 @@ def test_the_report_of_a_masked_study(tmp_path):
     for run in (run for run in runs if run.budget == "short" and (run.row, run.seed) != ("linear", 1)):
         run.folder.mkdir(parents=True)
         accuracy = 0.5 + 0.1 * run.seed + (run.row == "linear")
-        figures = {"parameters": 10, "metrics": {"masked_accuracy": accuracy}, "seconds_per_step": None, "peak_memory": None}
+        figures = {
+            "parameters": 10,
+            "metrics": {"masked_accuracy": accuracy},
+            "seconds_per_step": None,
+            "cpu_seconds_per_step": None,
+            "peak_memory": None,
+        }
         figures |= {"curve": [{"step": 3, "bits": 2.0}], "by_position": [{"from": 0, "to": run.context, "loss": 1.0}]}
         (run.folder / "figures.json").write_text(json.dumps(figures))
     record = {"machine": study.machine(), "runs": study.results(runs)}
     study.write_report("mini", "python scripts/study.py mini.yaml", runs, rows, record, tmp_path / "mini.md")
     text = (tmp_path / "mini.md").read_text()
-    assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 10 |  |  |") == 2
+    assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 10 |  |  |  |") == 2
     assert "6 of 16 runs are done" in text and "## long" not in text
-    assert text.count("| linear | 1.5000 | 1 | +0.9500 | 10 |  |  |") == 2 and "1 degrees of freedom" in text
+    assert text.count("| linear | 1.5000 | 1 | +0.9500 | 10 |  |  |  |") == 2 and "1 degrees of freedom" in text
     assert {image.name for image in (tmp_path / "images").iterdir()} == {"mini.png", "mini-curves.png", "mini-positions.png"}
 
 

@@ -200,7 +200,8 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     points = curve(trainer.state.log_history, causal)
     record = {"parameters": model.num_parameters(), "metrics": figures, "curve": points, "by_position": trainer.loss_by_position}
     # A run that was interrupted after its last step has taken none.
-    record["seconds_per_step"] = statistics.median(trainer.step_seconds) if trainer.step_seconds else None
+    seconds = zip(*trainer.step_seconds) if trainer.step_seconds else ((), ())
+    record["seconds_per_step"], record["cpu_seconds_per_step"] = (statistics.median(x) if x else None for x in seconds)
     record["peak_memory"] = peak_memory(trainer.args.device)
     if causal:
         record["bits_per_byte"] = {"this model": figures["bits_per_byte"]} | baselines

@@ -35,28 +35,28 @@ class _MaskEachEpochAnew(TrainerCallback):
 
 
 class _Clock(TrainerCallback):
-    """Seconds of each step of this process, without evaluations and checkpoints."""
+    """Seconds of each step of this process, and its processor seconds, without evaluations and checkpoints."""
 
     def __init__(self):
-        self.seconds, self.start = [], 0.0
+        self.seconds, self.start = [], (0.0, 0.0)
 
-    def _now(self, device: torch.device) -> float:
+    def _now(self, device: torch.device) -> tuple[float, float]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return time.perf_counter(), time.process_time()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = self._now(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(self._now(args.device) - self.start)
+        self.seconds.append(tuple(end - start for end, start in zip(self._now(args.device), self.start)))
 
 
 class LanguageModelTrainer(Trainer):
     """Trainer for packed rows of one length.
 
-    ``step_seconds`` are those of the steps that this process took, ``loss_by_position`` is that of the last evaluation
-    (:func:`.evaluation.by_position`).
+    ``step_seconds`` are those of the steps that this process took, on the clock and of the processor, ``loss_by_position`` is that of
+    the last evaluation (:func:`.evaluation.by_position`).
 
     Takes the arguments of Trainer, and:
         run_args: length warm-up and retries of uploads.
