@@ -104,6 +104,14 @@ def test_scores_of_zero():
     assert_within(call(polynomial), expected, 1e-12, "equal weights", FULL)
 
 
+def test_coefficients_do_not_depend_on_the_default_device():
+    """A configuration is also made where weights are not: on "meta"."""
+    known = minimax_exponential(5, 1.5)
+    minimax_exponential.cache_clear()
+    with torch.device("meta"):
+        assert minimax_exponential(5, 1.5) == known
+
+
 def test_polynomials_are_found_once():
     minimax_exponential.cache_clear()
     for _ in range(3):

@@ -87,6 +87,7 @@ def _extrema(powers: torch.Tensor, bound: float) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
+@torch.device("cpu")  # whatever the default device is, "meta" among them
 def minimax_exponential(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
     """The polynomial P of s / bound with the least relative error ``max |P exp(-s) - 1|`` on [-bound, bound], and that error.
 
