@@ -87,7 +87,6 @@ def _extrema(powers: torch.Tensor, bound: float) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
-@torch.device("cpu")  # whatever the default device is, "meta" among them
 def minimax_exponential(degree: int, bound: float) -> tuple[tuple[float, ...], float]:
     """The polynomial P of s / bound with the least relative error ``max |P exp(-s) - 1|`` on [-bound, bound], and that error.
 
@@ -96,25 +95,27 @@ def minimax_exponential(degree: int, bound: float) -> tuple[tuple[float, ...], f
     """
     if bound == 0:
         return (1.0,) + (0.0,) * degree, 0.0
-    points = torch.cos(torch.arange(degree + 1, -1, -1, dtype=torch.float64) * math.pi / (degree + 1))
-    signs = (-1.0) ** torch.arange(degree + 2, dtype=torch.float64)
-    best = (1.0,) + (0.0,) * degree, math.inf
-    grid = torch.linspace(-1, 1, 64 * (degree + 1), dtype=torch.float64)
-    for _ in range(30):
-        basis = torch.cos(torch.arange(degree + 1) * points.clamp(-1, 1).arccos()[:, None])
-        system = torch.cat([basis * (-bound * points).exp()[:, None], -signs[:, None]], 1)
-        powers = _powers(torch.linalg.solve(system, torch.ones_like(points))[:-1])
-        extrema = _extrema(powers, bound)
-        everywhere = torch.cat([extrema, grid])
-        error = (_evaluate(powers, everywhere) * (-bound * everywhere).exp() - 1).abs().max().item()
-        # What evaluating it may have hidden.
-        error += 4 * (degree + 2) * torch.finfo(torch.float64).eps * powers.abs().sum().item() * math.exp(bound)
-        if error >= best[1] * (1 - 1e-12):
-            break
-        best = tuple(powers.tolist()), error
-        if len(extrema) != degree + 2:
-            break
-        points = extrema
+    # Whatever the default device is: "meta", perhaps.
+    with torch.device("cpu"):
+        points = torch.cos(torch.arange(degree + 1, -1, -1, dtype=torch.float64) * math.pi / (degree + 1))
+        signs = (-1.0) ** torch.arange(degree + 2, dtype=torch.float64)
+        best = (1.0,) + (0.0,) * degree, math.inf
+        grid = torch.linspace(-1, 1, 64 * (degree + 1), dtype=torch.float64)
+        for _ in range(30):
+            basis = torch.cos(torch.arange(degree + 1) * points.clamp(-1, 1).arccos()[:, None])
+            system = torch.cat([basis * (-bound * points).exp()[:, None], -signs[:, None]], 1)
+            powers = _powers(torch.linalg.solve(system, torch.ones_like(points))[:-1])
+            extrema = _extrema(powers, bound)
+            everywhere = torch.cat([extrema, grid])
+            error = (_evaluate(powers, everywhere) * (-bound * everywhere).exp() - 1).abs().max().item()
+            # What evaluating it may have hidden.
+            error += 4 * (degree + 2) * torch.finfo(torch.float64).eps * powers.abs().sum().item() * math.exp(bound)
+            if error >= best[1] * (1 - 1e-12):
+                break
+            best = tuple(powers.tolist()), error
+            if len(extrema) != degree + 2:
+                break
+            points = extrema
     return best
 
 
