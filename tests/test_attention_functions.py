@@ -401,7 +401,7 @@ def test_a_foreign_mask_is_refused():
         def window(*args):
             return True
 
-        attention_functions.multipole_mask(batch_size=1, q_length=N, kv_length=N, mask_function=window)
+        attention_functions.multipole_mask(batch_size=1, q_length=N, kv_length=N, mask_function=window, config=module.config)
     mask = attention_functions.multipole_mask(1, N, N, mask_function=causal_mask_function, config=module.config)
     with pytest.raises(ValueError, match="the mask is for 75 keys, but there are 60"):
         attention_functions.multipole_attention_forward(module, q, k[:, :, :60], v[:, :, :60], mask)

@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    StaticCache,
     ViTConfig,
 )
 from transformers.masking_utils import create_causal_mask
@@ -239,6 +240,12 @@ def test_layers_that_were_left_exact(ids):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, N, dtype=torch.float64), **CLOSE)
     with pytest.raises(ValueError, match="output_attentions is not supported by tensor layers"):
         model(ids, output_attentions=True)
+
+
+def test_refusals_name_the_attention_that_was_asked_for(ids):
+    model = converted()
+    with pytest.raises(ValueError, match="attn_implementation='tensor' needs the queries to be the last .* use a dynamic cache"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=2 * N))
 
 
 # Training

@@ -6,7 +6,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .attention_masks import MultipoleMask, TensorMask, WindowMask, multipole_mask, refuse_cross_attention
+from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options, has_tensor_options
 from .hierarchy import level_count
@@ -142,7 +142,7 @@ def _unmasked(module, query, key, is_causal: bool | None) -> MultipoleMask:
     refuse_cross_attention(module.config)
     if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__ or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"attn_implementation='multipole' does not support cross-attention ({type(module).__name__}: {query.shape[2]} queries, "
+            f"{asked_for(module.config)} does not support cross-attention ({type(module).__name__}: {query.shape[2]} queries, "
             f"{key.shape[2]} keys), nor caches without a mask; use 'sdpa'"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -186,7 +186,7 @@ def multipole_attention_forward(
     windowed = isinstance(attention_mask, WindowMask)
     for name, remedy in _UNSUPPORTED.items():
         if kwargs.get(name) is not None and not (windowed and name == "sliding_window"):
-            raise ValueError(f"attn_implementation='multipole' does not support {name}: {remedy}")
+            raise ValueError(f"{asked_for(module.config)} does not support {name}: {remedy}")
     if windowed:
         return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, output_attentions)
     if attention_mask is None and isinstance(key, torch.Tensor):
@@ -194,14 +194,14 @@ def multipole_attention_forward(
     if not isinstance(attention_mask, MultipoleMask):
         got = f"a mask of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, torch.Tensor) else repr(attention_mask)
         raise ValueError(
-            f"attn_implementation='multipole' needs the mask that its own mask function makes, but the model passed {got}; "
+            f"{asked_for(module.config)} needs the mask that its own mask function makes, but the model passed {got}; "
             "masks over pairs of tokens are not supported, and models that make their own masks need 'sdpa'"
         )
     past = getattr(key, "layer", None)
     if past is None and attention_mask.length != key.shape[2]:
         raise ValueError(
             f"the mask is for {attention_mask.length} keys, but there are {key.shape[2]}: "
-            "cross-attention and static caches are not supported by attn_implementation='multipole'"
+            f"cross-attention and static caches are not supported by {asked_for(module.config)}"
         )
     _check_call(query, attention_mask, **kwargs)
     if _is_exact(module):

@@ -206,9 +206,14 @@ def _is_causal_within(part: Callable) -> bool:
     return bool(kept) and kept.get("mask_function") is causal_mask_function
 
 
+def asked_for(config) -> str:
+    """What the user has to change, for messages."""
+    return f"attn_implementation={config._attn_implementation!r}"
+
+
 def refuse_cross_attention(config) -> None:
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ValueError("attn_implementation='multipole' does not support cross-attention, which this model has; use 'sdpa'")
+        raise ValueError(f"{asked_for(config)} does not support cross-attention, which this model has; use 'sdpa'")
 
 
 def multipole_mask(
@@ -239,20 +244,20 @@ def multipole_mask(
             return WindowMask(sdpa_mask(*sizes, mask_function=mask_function, attention_mask=attention_mask, **kwargs))
         if torch.compiler.is_compiling():
             raise ValueError(
-                "attn_implementation='multipole' has no packed rows under torch.compile, and without an attention_mask Transformers "
+                f"{asked_for(config)} has no packed rows under torch.compile, and without an attention_mask Transformers "
                 "takes all rows for packed: pass one, with ones for all tokens"
             )
         causal, segment_ids = True, _packed_documents(mask_function)
         if segment_ids is None:
             raise ValueError(
-                "attn_implementation='multipole' has causal and bidirectional masks, with padding, and packed rows, but this model "
+                f"{asked_for(config)} has causal and bidirectional masks, with padding, and packed rows, but this model "
                 f"asks for another pattern ({getattr(mask_function, '__qualname__', mask_function)}); use 'sdpa' for it"
             )
     refuse_cross_attention(config)
     # Static caches give their offset as a tensor, and hold keys of tokens that are still to come.
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
-            f"attn_implementation='multipole' needs the queries to be the last of the {kv_length} tokens of the keys: "
+            f"{asked_for(config)} needs the queries to be the last of the {kv_length} tokens of the keys: "
             "static caches and cross-attention are not supported; use a dynamic cache, or 'sdpa'"
         )
     if attention_mask is not None:
