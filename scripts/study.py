@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from benchmark_tensor import machine
@@ -315,6 +316,21 @@ def group(found: list[dict], budget: str, context: int) -> dict[str, list[dict]]
     return rows
 
 
+def second_half(found: list[dict]) -> float:
+    """Bits a token in the second half of the context, mean over seeds."""
+    ranges = mean_positions(found)["by_position"]
+    tokens = [max(0, part["to"] - max(part["from"], ranges[-1]["to"] / 2)) for part in ranges]
+    return float(np.average([part["loss"] for part in ranges], weights=tokens)) / math.log(2)
+
+
+def last_fall(found: list[dict]) -> float | None:
+    """Share of its loss that a row lost over the last quarter of its steps; None where the curve does not say."""
+    steps, bits = ([point[name] for point in mean_curve(found)] for name in ("step", "bits"))
+    if not steps or steps[0] > 0.75 * steps[-1]:
+        return None
+    return 1 - bits[-1] / float(np.interp(0.75 * steps[-1], steps, bits))
+
+
 def table(rows: dict[str, list[dict]], first: str, metric: str) -> str:
     """One budget and context: a line for each row, in Markdown, and how large a difference has to be."""
     values = {row: [result["metrics"][metric] for result in found] for row, found in rows.items()}
@@ -331,13 +347,15 @@ def table(rows: dict[str, list[dict]], first: str, metric: str) -> str:
                 least = student_t(spread[1]) * spread[0] * math.sqrt(1 / len(found) + 1 / len(rows[first]))
                 text = f"**{text}**" if abs(difference) > least else text
             cells.append(text)
-        cells.append(f"{found[0]['parameters']:,}")
+        fall = last_fall(found)
+        cells += [f"{second_half(found):.3f}", "" if fall is None else f"{100 * fall:.1f}", f"{found[0]['parameters']:,}"]
         for name in ("seconds_per_step", "cpu_seconds_per_step"):
             seconds = [result[name] for result in found if result[name]]
             cells.append(f"{statistics.median(seconds):.3g}" if seconds else "")
         memory = [result["peak_memory"] for result in found if result["peak_memory"]]
         lines.append(f"| {' | '.join([*cells, f'{max(memory) / 1e6:,.0f}' if memory else ''])} |")
-    head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "parameters", "s a step", "CPU s a step", "peak memory, MB"]
+    head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "second half", "last fall, %", "parameters"]
+    head += ["s a step", "CPU s a step", "peak memory, MB"]
     text = "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *lines])
     most = max(map(len, values.values()))
     if spread and most > 1:
@@ -425,8 +443,10 @@ def write_report(name: str, command: str, runs: list[Run], rows: list[str], reco
 
 {len(found)} of {len(runs)} runs are done, on {info["processor"]} ({info["cores"]} cores, torch {info["torch"]}). Figures are means over
 seeds ± their standard deviation, on held-out text, at the end of training; differences in bold are larger than chance makes them in 95 %
-of comparisons of two rows. "s a step" is the median of the steps' own time, "CPU s" of their processor time, and of these the median over
-seeds; where runs share a processor, the latter compares them. Peak memory is the whole process's, or on CUDA that of the tensors.
+of comparisons of two rows. "Second half": bits a token in the second half of the context. "Last fall": how much of the held-out loss the
+last quarter of the steps took away; where that is little, longer training would give little. "s a step" is the median of the steps' own
+time, "CPU s" of their processor time, and of these the median over seeds; where runs share a processor, the latter compares them. Peak
+memory is the whole process's, or on CUDA that of the tensors.
 """
     part = path.with_name(path.name + ".part")
     part.write_text("\n".join([text, *(section + "\n" for section in sections)]))

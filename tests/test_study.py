@@ -160,12 +160,14 @@ def test_what_can_be_told_apart(tmp_path):
     values = {"first": [1.0, 1.1, 1.2], "near": [1.2, 1.3, 1.4], "far": [1.9], "apart": [2.0, 2.1, 2.2]}
     assert study.pooled(values) == (pytest.approx(0.1), 6)
     common = {"parameters": 10, "seconds_per_step": 0.5, "cpu_seconds_per_step": 0.4, "peak_memory": 2e6}
+    common |= {"curve": [{"step": step, "bits": 3 - 0.1 * step} for step in (4, 8, 16)]}
+    common |= {"by_position": [{"from": 0, "to": 8, "loss": 9.0}, {"from": 8, "to": 14, "loss": 2.0}, {"from": 14, "to": 16, "loss": 4.0}]}
     rows = {row: [{"metrics": {"bits_per_byte": x}} | common for x in several] for row, several in values.items()}
     text = study.table(rows, "first", "bits_per_byte")
     least = 2.44691 * 0.1 * math.sqrt(2 / 3)
     assert f"differ by {least:.4f} or more" in text and "6 degrees of freedom" in text
     assert "| near | 1.3000 ± 0.1000 | 3 | +0.2000 |" not in text and "| **+0.2000** |" in text  # 0.1998 tells them apart
-    assert "| far | 1.9000 | 1 | **+0.8000** | 10 | 0.5 | 0.4 | 2 |" in text
+    assert f"| far | 1.9000 | 1 | **+0.8000** | {2.5 / math.log(2):.3f} | {100 * (1 - 1.4 / 1.8):.1f} | 10 | 0.5 | 0.4 | 2 |" in text
 
 
 def test_the_report_of_a_masked_study(tmp_path):
@@ -190,9 +192,9 @@ def test_the_report_of_a_masked_study(tmp_path):
     record = {"machine": study.machine(), "runs": study.results(runs)}
     study.write_report("mini", "python scripts/study.py mini.yaml", runs, rows, record, tmp_path / "mini.md")
     text = (tmp_path / "mini.md").read_text()
-    assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 10 |  |  |  |") == 2
+    assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 1.443 |  | 10 |  |  |  |") == 2
     assert "6 of 16 runs are done" in text and "## long" not in text
-    assert text.count("| linear | 1.5000 | 1 | +0.9500 | 10 |  |  |  |") == 2 and "1 degrees of freedom" in text
+    assert text.count("| linear | 1.5000 | 1 | +0.9500 | 1.443 |  | 10 |  |  |  |") == 2 and "1 degrees of freedom" in text
     assert {image.name for image in (tmp_path / "images").iterdir()} == {"mini.png", "mini-curves.png", "mini-positions.png"}
 
 
