@@ -98,8 +98,14 @@ def compile_all(capability: int, dtype: torch.dtype, dim: int, everything: bool)
     summaries_triton.depthwise_map_backward_(groups.clone(), grad, groups, weight)
     lengths = torch.zeros(batch, dtype=torch.int32) if everything else None
     slots = torch.zeros(batch, kv_heads, 3 * block_size + levels * 4 * rank, dim)
-    state_triton.step(q[:, :, 0].detach(), slots, slots, lengths, 70, bias.detach(), 3 * block_size, 4, *plain[:2], True, 1.0, softcap)
-    return list(found.values())
+    sizes = 3 * block_size, 4, block_size, rank, True, 1.0, softcap
+    state_triton.step(q[:, :, 0].detach(), slots, slots, lengths, 70, bias.detach(), None, *sizes)
+    resources = list(found.values())
+    # That of the O(n) form is another one.
+    found.clear()
+    near, far = slots[:, :, : 3 * block_size], torch.zeros(batch, heads, 5, dim + 1)
+    state_triton.step(q[:, :, 0].detach(), near, near, lengths, 70, None, far, *sizes)
+    return resources + list(found.values())
 
 
 if __name__ == "__main__":

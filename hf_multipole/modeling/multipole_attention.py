@@ -215,15 +215,7 @@ def aligned_attention(
             far_q = [x.flatten(2, 3) for x in far_q]
         options = {"scale": dim**-0.5 if scale is None else scale, "softcap": softcap, "dropout_p": dropout_p}
         far = far_results(far_q, far_k, far_v, counts, alignment, block_size, rank, causal, size_weighting, far_bias, **options)
-        if kernels:
-            none = (x[0][:, :, 0, :0] for x in (far_k, far_v))
-            options = {"causal": causal, "size_weighting": size_weighting, "far_bias": None, "softcap": softcap, "scale": scale}
-            options |= {"block_size": block_size, "rank": rank, "first_block": 0, "alignment": alignment, "document": document}
-            out, total = run_kernels(q, k, v, *none, [], [], **options)
-            far = (x.repeat_interleave(block_size // rank, 2) for x in far)
-            out = merge((out.to(dtype), total.to(dtype)), tuple(far))[0].to(q.dtype)
-        else:
-            out = attend_segments(q, k, v, *far, document, block_size, causal, **options)
+        out = attend_segments(q, k, v, *far, document, block_size, causal, **options, kernels=kernels)
         return out[:, :, :n] if alignment is None else _from_grid(out, alignment, n), None
 
     far_k, far_v, counts = (_side_by_side(x) for x in (far_k, far_v, counts))
@@ -303,7 +295,9 @@ def attend_blocks(*arguments) -> torch.Tensor:
     return _from_blocks(out, k.shape[0], k.shape[1], q.shape[1] // k.shape[1], block_size)
 
 
-def attend_segments(q, k, v, far_mean, far_total, document, block_size, causal, scale, softcap, dropout_p=0.0) -> torch.Tensor:
+def attend_segments(
+    q, k, v, far_mean, far_total, document, block_size, causal, scale, softcap, dropout_p=0.0, kernels=False
+) -> torch.Tensor:
     """The operator of the O(n) form for queries and keys ``(batch, heads, slots, dim)``, whole blocks of the same tokens, and the far
     field of their segments ``(batch, heads, segments, value_dim)`` and ``(batch, heads, segments)``; document: as in
     :func:`block_arguments`. Returns ``(batch, heads, slots, value_dim)``.
@@ -311,6 +305,13 @@ def attend_segments(q, k, v, far_mean, far_total, document, block_size, causal, 
     (batch, heads, slots, _), kv_heads = q.shape, k.shape[1]
     blocks = slots // block_size
     segments = far_total.shape[2] // blocks
+    if kernels:
+        # They attend to the near field, and the far field is merged with what comes of it.
+        none = (x.new_zeros(batch, kv_heads, 0, x.shape[-1], dtype=far_mean.dtype) for x in (k, v))
+        options = {"causal": causal, "size_weighting": False, "far_bias": None, "softcap": softcap, "scale": scale, "document": document}
+        out, total = run_kernels(q, k, v, *none, [], [], block_size=block_size, rank=segments, first_block=0, **options)
+        far = (x.repeat_interleave(block_size // segments, 2) for x in (far_mean, far_total))
+        return merge((out.to(far_mean.dtype), total.to(far_mean.dtype)), tuple(far))[0].to(q.dtype)
     out = segment_attention(
         *(_to_blocks(x, kv_heads, block_size) for x in (q, k, v)),
         _to_blocks(far_mean, kv_heads, segments),

@@ -109,10 +109,14 @@ class LinearState(MultipoleState):
             merged, known = new, begin
         around = (known - grid.start, grid.stop - known - merged.shape[2])
         mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
-        return attend_segments(*padded, mean, total, None, m, True, call.scale, call.softcap)
+        return attend_segments(*padded, mean, total, None, m, True, call.scale, call.softcap, kernels=call.kernels)
 
-    def _begin_segments(self, q, bias, past: list[int], call) -> None:
-        """Far results of the segments, of whichever level and row, whose first token this is."""
+    def _begin_segments(self, q, past: list[int], call, bias: torch.Tensor | None = None) -> None:
+        """Far results of the segments, of whichever level and row, whose first token this is; bias: as from ``_step_bias``."""
+        if not self.levels or all(length % self._width(0) for length in past):
+            return
+        if bias is None:
+            bias = self._visible(past, q.shape[1] * q.shape[2], call).unflatten(1, q.shape[1:3])
         length = torch.tensor(past, device=q.device)[:, None]
         width = self._width(0) << torch.arange(self.levels, device=q.device)
         begins, slot = length % width == 0, length // width % self.segments  # (batch, levels)
@@ -127,9 +131,9 @@ class LinearState(MultipoleState):
             merged = torch.where(begins[:, level, None, None], torch.cat([new[0], new[1][..., None]], -1), self.far[at])
             self.far[at] = merged
 
-    def _step(self, q, k, v, call):
-        # The kernel of a step has the token's own query see the summaries.
-        return super()._step(q, k, v, call._replace(kernels=False))
+    def _attend_slots_on_gpu(self, q, past, call):
+        self._begin_segments(q.unflatten(1, (self.keys.slots.shape[1], -1)).to(self.keys.slots.dtype), past, call)
+        return super()._attend_slots_on_gpu(q, past, call, self.far[:, :, 0] if self.levels else None)
 
     def _attend_slots(self, q, bias, past, call):
         near = q @ self.keys.slots[:, :, : self.ring, : q.shape[-1]].transpose(2, 3) * call.scale
@@ -138,8 +142,7 @@ class LinearState(MultipoleState):
         near, values = near + bias[..., : self.ring], self.values.slots[:, :, : self.ring]
         if not self.levels:
             return torch.softmax(near, -1) @ values
-        if any(length % self._width(0) == 0 for length in past):
-            self._begin_segments(q, bias, past, call)
+        self._begin_segments(q, past, call, bias)
         slots = [length // self._width(0) % self.segments for length in past]
         rows, slot = (slice(None), slots[0]) if len(set(slots)) == 1 else (range(len(slots)), slots)
         far = self.far[rows, :, 0, slot].unflatten(1, q.shape[1:3])

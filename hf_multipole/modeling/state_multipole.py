@@ -431,13 +431,16 @@ class MultipoleState:
             self._bias[every, :, slot] = 0
         return self._bias.unflatten(1, (self.keys.slots.shape[1], -1))
 
-    def _attend_slots_on_gpu(self, q, past: list[int], call: _Call) -> torch.Tensor:
+    def _attend_slots_on_gpu(self, q, past: list[int], call: _Call, far: torch.Tensor | None = None) -> torch.Tensor:
+        """:meth:`_attend_slots` of queries ``(batch, heads, dim)``; far: see the kernel, in place of the summaries."""
         from .state_triton import step
 
         lengths = None if len(set(past)) == 1 else torch.tensor(past, dtype=torch.int32, device=q.device)
         far_bias = None if call.far_bias is None else call.far_bias.float()
-        keys, values, sizes = self.keys.slots[..., : q.shape[-1]], self.values.slots, (self.ring, self.groups, self.block_size, self.rank)
-        return step(q, keys, values, lengths, past[0], far_bias, *sizes, call.size_weighting, call.scale, call.softcap)
+        seen = slice(None if far is None else self.ring)
+        keys, values = self.keys.slots[:, :, seen, : q.shape[-1]], self.values.slots[:, :, seen]
+        sizes = (self.ring, self.groups, self.block_size, self.rank)
+        return step(q, keys, values, lengths, past[0], far_bias, far, *sizes, call.size_weighting, call.scale, call.softcap)
 
     def _attend_slots(self, q, bias, past: list[int], call: _Call) -> torch.Tensor:
         """Attention of one query after ``past`` tokens of each row, ``(batch, kv_heads, repeats, dim)``; bias: of its logits."""

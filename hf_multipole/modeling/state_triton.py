@@ -25,8 +25,9 @@ def _visible(slot, last, ring, groups, levels, block_size, RANK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length"])
 def _step(
-    q_, keys_, values_, lengths_, far_bias_, out_, q_b, q_h, keys_b, keys_h, keys_n, values_b, values_h, values_n,
-    length, kv_heads, repeats, slots, ring, groups, levels, block_size, biases, size, scale, softcap,
+    q_, keys_, values_, lengths_, far_bias_, far_, out_,
+    q_b, q_h, keys_b, keys_h, keys_n, values_b, values_h, values_n, far_b, far_h, far_n,
+    length, kv_heads, repeats, slots, ring, groups, levels, block_size, biases, segments, size, scale, softcap,
     RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -43,6 +44,11 @@ def _step(
     acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if far_ is not None:  # as if it were one logit, which came first
+        far_ += row * far_b + last // (block_size // RANK) % segments * far_n
+        acc = load_rows(far_, head, far_h, real, WIDTH, BLOCK_W)
+        top = tl.load(far_ + head.to(tl.int64) * far_h + WIDTH, real, 0.0) * LOG2E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
     for start in range(0, slots, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         near, far, level = _visible(slot, last, ring, groups, levels, block_size, RANK)
@@ -71,6 +77,7 @@ def step(
     lengths: torch.Tensor | None,
     length: int,
     far_bias: torch.Tensor | None,
+    far: torch.Tensor | None,
     ring: int,
     groups: int,
     block_size: int,
@@ -82,18 +89,21 @@ def step(
     """Attention of one token a row, ``lengths`` ``(batch,)`` int32 others, or everywhere ``length``, before it.
 
     q: ``(batch, heads, dim)``; keys, values: float32 ``(batch, kv_heads, slots, dim)``, first ``ring`` slots of tokens, then of each
-    level ``groups`` groups of ``rank`` summaries. Returns float32 ``(batch, heads, value_dim)``. There is no gradient.
+    level ``groups`` groups of ``rank`` summaries. far: the far field in place of summaries, float32 ``(batch, heads, segments,
+    value_dim + 1)``: mean and log-sum-exp of segment s of ``block_size / rank`` tokens in slot ``s % segments``. Returns float32
+    ``(batch, heads, value_dim)``. There is no gradient.
     """
     batch, heads, dim = q.shape
     kv_heads, slots, width = keys.shape[1], keys.shape[2], values.shape[-1]
-    q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
+    q, keys, values, far = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values, far))
     out = keys.new_empty(batch, heads, width)
     strides = dict(zip(("q_b", "q_h"), q.stride()))
-    for name, x in (("keys", keys), ("values", values)):
-        strides |= {f"{name}_{letter}": stride for letter, stride in zip("bhn", x.stride())}
+    for name, x in (("keys", keys), ("values", values), ("far", far)):
+        strides |= {f"{name}_{letter}": stride for letter, stride in zip("bhn", (0, 0, 0) if x is None else x.stride())}
     arguments = strides | dict(
         q_=q, keys_=keys, values_=values, lengths_=lengths, length=length, out_=out,
         far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
+        far_=far, segments=0 if far is None else far.shape[2],
         kv_heads=kv_heads, repeats=heads // kv_heads, slots=slots, ring=ring, groups=groups, levels=(slots - ring) // (groups * rank),
         block_size=block_size, size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap, RANK=rank,
         DIM=dim, WIDTH=width, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(width),
