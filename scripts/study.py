@@ -331,22 +331,30 @@ def last_fall(found: list[dict]) -> float | None:
     return 1 - bits[-1] / float(np.interp(0.75 * steps[-1], steps, bits))
 
 
+def differences(rows: dict[str, list[dict]], first: str, metric: str) -> dict[str, list[float]]:
+    """Of each row from the first, at equal seeds: these share their order of the text, which matters more than most rows do."""
+    of_first = {result["seed"]: result["metrics"][metric] for result in rows.get(first, ())}
+    others = {row: [result for result in found if result["seed"] in of_first] for row, found in rows.items() if row != first}
+    return {row: [result["metrics"][metric] - of_first[result["seed"]] for result in found] for row, found in others.items()}
+
+
 def table(rows: dict[str, list[dict]], first: str, metric: str) -> str:
     """One budget and context: a line for each row, in Markdown, and how large a difference has to be."""
-    values = {row: [result["metrics"][metric] for result in found] for row, found in rows.items()}
-    spread, lines = pooled(values), []
+    apart, lines = differences(rows, first, metric), []
+    spread = pooled(apart)
+
+    def least(seeds: int) -> float:
+        return student_t(spread[1]) * spread[0] / math.sqrt(seeds)
+
     for row, found in rows.items():
-        mean = statistics.mean(values[row])
-        cells = [row, f"{mean:.4f}" + (f" ± {statistics.stdev(values[row]):.4f}" if len(found) > 1 else ""), str(len(found))]
-        if row == first or first not in rows:
-            cells.append("")
-        else:
-            difference = mean - statistics.mean(values[first])
-            text = f"{difference:+.4f}"
-            if spread:
-                least = student_t(spread[1]) * spread[0] * math.sqrt(1 / len(found) + 1 / len(rows[first]))
-                text = f"**{text}**" if abs(difference) > least else text
-            cells.append(text)
+        values = [result["metrics"][metric] for result in found]
+        mean = statistics.mean(values)
+        cells = [row, f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(found) > 1 else ""), str(len(found)), ""]
+        if apart.get(row):
+            difference = statistics.mean(apart[row])
+            cells[-1] = f"{difference:+.4f}"
+            if spread and abs(difference) > least(len(apart[row])):
+                cells[-1] = f"**{cells[-1]}**"
         fall = last_fall(found)
         cells += [f"{second_half(found):.3f}", "" if fall is None else f"{100 * fall:.1f}", f"{found[0]['parameters']:,}"]
         for name in ("seconds_per_step", "cpu_seconds_per_step"):
@@ -357,12 +365,11 @@ def table(rows: dict[str, list[dict]], first: str, metric: str) -> str:
     head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "second half", "last fall, %", "parameters"]
     head += ["s a step", "CPU s a step", "peak memory, MB"]
     text = "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *lines])
-    most = max(map(len, values.values()))
-    if spread and most > 1:
-        t = student_t(spread[1])
-        least = t * spread[0] * math.sqrt(2 / most)
-        text += f"\n\nTwo rows of {most} seeds can be told apart where they differ by {least:.4f} or more: t s sqrt(2 / {most}), with "
-        text += f"s = {spread[0]:.4f} within the rows, pooled, and t = {t:.3f} (5 %, two-sided, {spread[1]} degrees of freedom)."
+    if spread:
+        most = max(map(len, apart.values()))
+        text += f"\n\nA difference from {first} over one seed counts from {least(1):.4f} on, over {most} seeds from {least(most):.4f} on: "
+        text += f"t s / sqrt(seeds), with s = {spread[0]:.4f}, the deviation of differences within a row, pooled, and t = "
+        text += f"{student_t(spread[1]):.3f} (5 %, two-sided, {spread[1]} degrees of freedom)."
     return text
 
 
@@ -442,11 +449,11 @@ def write_report(name: str, command: str, runs: list[Run], rows: list[str], reco
 ```
 
 {len(found)} of {len(runs)} runs are done, on {info["processor"]} ({info["cores"]} cores, torch {info["torch"]}). Figures are means over
-seeds ± their standard deviation, on held-out text, at the end of training; differences in bold are larger than chance makes them in 95 %
-of comparisons of two rows. "Second half": bits a token in the second half of the context. "Last fall": how much of the held-out loss the
-last quarter of the steps took away; where that is little, longer training would give little. "s a step" is the median of the steps' own
-time, "CPU s" of their processor time, and of these the median over seeds; where runs share a processor, the latter compares them. Peak
-memory is the whole process's, or on CUDA that of the tensors.
+seeds ± their standard deviation, on held-out text, at the end of training. Differences are means over the seeds that both rows have; in
+bold, larger than chance makes them in 95 % of comparisons. "Second half": bits a token in the second half of the context. "Last fall":
+how much of the held-out loss the last quarter of the steps took away; where that is little, longer training would give little. "s a
+step" is the median of the steps' own time, "CPU s" of their processor time, and of these the median over seeds; where runs share a
+processor, the latter compares them. Peak memory is the whole process's, or on CUDA that of the tensors.
 """
     part = path.with_name(path.name + ".part")
     part.write_text("\n".join([text, *(section + "\n" for section in sections)]))

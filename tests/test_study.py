@@ -156,18 +156,26 @@ def test_student_t(freedom, value):
 
 
 def test_what_can_be_told_apart(tmp_path):
-    """s pooled over rows with several seeds, and bold where a difference from the first row is beyond t s sqrt(1 / a + 1 / b)."""
-    values = {"first": [1.0, 1.1, 1.2], "near": [1.2, 1.3, 1.4], "far": [1.9], "apart": [2.0, 2.1, 2.2]}
-    assert study.pooled(values) == (pytest.approx(0.1), 6)
+    """Differences at equal seeds; s pooled over rows with several of them, and bold where a mean is beyond t s / sqrt(seeds)."""
+    values = {"first": [1.0, 1.1, 1.2], "near": [1.01, 1.13, 1.22], "far": [1.05], "apart": [2.0, 2.1, 2.2]}
     common = {"parameters": 10, "seconds_per_step": 0.5, "cpu_seconds_per_step": 0.4, "peak_memory": 2e6}
     common |= {"curve": [{"step": step, "bits": 3 - 0.1 * step} for step in (4, 8, 16)]}
     common |= {"by_position": [{"from": 0, "to": 8, "loss": 9.0}, {"from": 8, "to": 14, "loss": 2.0}, {"from": 14, "to": 16, "loss": 4.0}]}
-    rows = {row: [{"metrics": {"bits_per_byte": x}} | common for x in several] for row, several in values.items()}
+    rows = {row: [{"seed": i, "metrics": {"bits_per_byte": x}} | common for i, x in enumerate(several)] for row, several in values.items()}
+    apart = study.differences(rows, "first", "bits_per_byte")
+    assert apart == {"near": pytest.approx([0.01, 0.03, 0.02]), "far": pytest.approx([0.05]), "apart": pytest.approx([1.0] * 3)}
+    s = math.sqrt(2 * 0.01**2 / 4)  # those of near are 0.01 apart, the others not at all
+    assert study.pooled(apart) == (pytest.approx(s), 4)
     text = study.table(rows, "first", "bits_per_byte")
-    least = 2.44691 * 0.1 * math.sqrt(2 / 3)
-    assert f"differ by {least:.4f} or more" in text and "6 degrees of freedom" in text
-    assert "| near | 1.3000 ± 0.1000 | 3 | +0.2000 |" not in text and "| **+0.2000** |" in text  # 0.1998 tells them apart
-    assert f"| far | 1.9000 | 1 | **+0.8000** | {2.5 / math.log(2):.3f} | {100 * (1 - 1.4 / 1.8):.1f} | 10 | 0.5 | 0.4 | 2 |" in text
+    one, three = 2.77645 * s, 2.77645 * s / math.sqrt(3)
+    assert f"over one seed counts from {one:.4f} on, over 3 seeds from {three:.4f} on" in text and "4 degrees of freedom" in text
+    assert "| near | 1.1200 ± 0.1054 | 3 | **+0.0200** |" in text
+    assert f"| far | 1.0500 | 1 | **+0.0500** | {2.5 / math.log(2):.3f} | {100 * (1 - 1.4 / 1.8):.1f} | 10 | 0.5 | 0.4 | 2 |" in text
+    rows["near"] = rows["near"][1:2]
+    rows["apart"] = rows["apart"][:1]
+    assert "counts from" not in study.table(rows, "first", "bits_per_byte")
+    rows["first"] = rows["first"][2:]
+    assert "| near | 1.1300 | 1 |  |" in study.table(rows, "first", "bits_per_byte")  # no seed in common
 
 
 def test_the_report_of_a_masked_study(tmp_path):
@@ -194,7 +202,7 @@ def test_the_report_of_a_masked_study(tmp_path):
     text = (tmp_path / "mini.md").read_text()
     assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 1.443 |  | 10 |  |  |  |") == 2
     assert "6 of 16 runs are done" in text and "## long" not in text
-    assert text.count("| linear | 1.5000 | 1 | +0.9500 | 1.443 |  | 10 |  |  |  |") == 2 and "1 degrees of freedom" in text
+    assert text.count("| linear | 1.5000 | 1 | +1.0000 | 1.443 |  | 10 |  |  |  |") == 2
     assert {image.name for image in (tmp_path / "images").iterdir()} == {"mini.png", "mini-curves.png", "mini-positions.png"}
 
 
