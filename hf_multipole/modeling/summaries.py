@@ -40,12 +40,20 @@ def depthwise_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     batch, heads, groups, width, dim = x.shape
     rank, u = weight.shape[1], _phases(width)
-    total = x.new_zeros(batch, heads, groups, rank, u * dim, dtype=compute_dtype(x.dtype))
     x = x.reshape(batch, heads, groups, width // u, 1, u * dim)
-    weight = weight.to(total.dtype).reshape(heads, 1, rank, width // u, u * dim)
-    for step in range(width // u):
-        total.addcmul_(x[:, :, :, step], weight[:, :, :, step])
-    return total.view(batch, heads, groups, rank, u, dim).sum(4)
+    weight = weight.to(compute_dtype(x.dtype)).reshape(heads, 1, rank, width // u, u * dim)
+    out = weight.new_empty(batch, heads, groups, rank, dim)
+    # A few groups at a time, so that the sums stay in the cache.
+    together = max(1, min(groups, 2**17 // (heads * rank * u * dim)))
+    sums = weight.new_empty(heads, together, rank, u * dim)
+    for b in range(batch):
+        for start in range(0, groups, together):
+            part = x[b, :, start : start + together]
+            total = sums[:, : part.shape[1]].zero_()
+            for step in range(width // u):
+                total.addcmul_(part[:, :, step], weight[:, :, :, step])
+            torch.sum(total.unflatten(3, (u, dim)), 3, out=out[b, :, start : start + together])
+    return out
 
 
 @torch.library.custom_op(_NAMESPACE + "::depthwise_map_backward_", mutates_args=("grad_x",))
