@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-WINDOW, BLOCK_SIZE, LANDMARKS = 128, 32, 64
+WINDOW, BLOCK_SIZE, LANDMARKS, ALIBI_CHUNK = 128, 32, 64, 128
 
 
 def linear(q, k, v, causal, scaling):
@@ -45,13 +45,18 @@ def linear(q, k, v, causal, scaling):
 
 
 def alibi(q, k, v, causal, scaling):
+    """In chunks of queries: the biases of all pairs at once would be n^2 numbers a head."""
     heads, n = q.shape[1:3]
     slopes = 2 ** (-8 * torch.arange(1, heads + 1, device=q.device) / heads)
-    token = torch.arange(n, device=q.device)
-    bias = -slopes[:, None, None] * (token[:, None] - token).abs()
-    if causal:
-        bias = bias.masked_fill(token > token[:, None], -torch.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype), scale=scaling)
+    token, out = torch.arange(n, device=q.device), []
+    for start in range(0, n, ALIBI_CHUNK):
+        own, seen = slice(start, start + ALIBI_CHUNK), slice(start + ALIBI_CHUNK if causal else n)
+        bias = -slopes[:, None, None] * (token[own, None] - token[seen]).abs()
+        if causal:
+            bias = bias.masked_fill(token[seen] > token[own, None], -torch.inf)
+        bias = bias[None].to(q.dtype)
+        out.append(F.scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen], attn_mask=bias, scale=scaling))
+    return torch.cat(out, 2)
 
 
 def local(q, k, v, causal, scaling):

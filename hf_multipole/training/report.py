@@ -77,22 +77,28 @@ def plot_positions(results: dict[str, dict], path: Path) -> None:
 
 
 def plot_reach(probes: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """Recall by context length and distance, a heat map for each probe: kind, then context length, then :func:`.evaluation.probe`."""
+    """Recall by context length and distance, a heat map for each probe, four side by side: kind, then context length, then points such
+    as those of :func:`.evaluation.probe`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, plots = plt.subplots(1, len(probes), figsize=(5.4 * len(probes), 1.6 + 0.5 * len(next(iter(probes.values())))), squeeze=False)
+    columns, lines = min(4, len(probes)), -(-len(probes) // 4)
+    height = 1.6 + 0.5 * max(map(len, probes.values()))
+    figure, plots = plt.subplots(lines, columns, figsize=(5.4 * columns, height * lines), squeeze=False)
     figure.set_layout_engine("constrained")
-    for axes, (kind, contexts) in zip(plots[0], probes.items()):
+    for axes in plots.flat[len(probes) :]:
+        axes.set_axis_off()
+    for axes, (kind, contexts) in zip(plots.flat, probes.items()):
         distances = sorted({point["distance"] for points in contexts.values() for point in points})
         table = [[{p["distance"]: p["recall"] for p in points}.get(d, math.nan) for d in distances] for points in contexts.values()]
         image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axes.set(xlabel="distance, tokens", ylabel="context", title=kind)
         axes.set_xticks(range(len(distances)), distances, rotation=90, fontsize=7)
         axes.set_yticks(range(len(contexts)), contexts)
-    figure.colorbar(image, ax=plots[0].tolist(), label="recall")
+    figure.colorbar(image, ax=plots.ravel().tolist(), label="recall")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -1,0 +1,400 @@
+"""Trains small models of equal size to find again what stood at a distance, one for each kind of attention, and measures how far back
+each one reaches, on rows as long as those of training and longer ones.
+
+    python scripts/reach.py --output runs/reach --report model_cards/reports/reach.md
+    python scripts/reach.py --output runs/reach --kinds multipole --only 1024 4096    # some of it, perhaps beside others
+
+Each model that is trained, and each length that it is measured at, leaves a file in the folder and is not done again; what was
+interrupted starts anew. The report is on all that the folder holds.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import peers
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
+
+from hf_multipole import MultipoleConfig, MultipoleForCausalLM
+from hf_multipole.training.checkpoints import write_json
+from hf_multipole.training.recall import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw
+from hf_multipole.training.report import plot_reach
+
+BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
+EXACT = {"layer_types": ["full_attention"] * LAYERS}
+# No rotation: angles that are as good as 0.
+UNROTATED = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e9}}
+
+
+class Kind(NamedTuple):
+    options: dict  # of MultipoleConfig
+    implementation: str | None = None  # of attention, where it is a peer's
+
+
+KINDS = {
+    "full attention": Kind(EXACT),
+    "full attention, ALiBi": Kind(EXACT | UNROTATED, "peer_alibi"),
+    "near field only": Kind({"summary": "mean", "far_bias_init": -10000.0}),
+    "multipole": Kind({"far_bias_init": 0.0}),
+    "multipole, O(n)": Kind({"far_bias_init": 0.0, "layer_types": ["multipole_linear_attention"] * LAYERS}),
+    "multipole, then full attention": Kind({"far_bias_init": 0.0, "layer_types": ["multipole_attention", "full_attention"]}),
+    "linear attention": Kind(EXACT, "peer_linear"),
+    "h-transformer-1d": Kind(EXACT, "peer_h_transformer_1d"),
+}
+POOL = 10  # batches drawn at once
+POINTS = 20  # of a curve
+LOADS = (1, 4, 16)  # needles in a row that holds nothing else
+
+
+# Models
+
+
+def options_of(kind: str, settings: dict) -> dict:
+    hidden_size = settings["hidden_size"]
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": settings["heads"],
+        "max_position_embeddings": settings["train_lengths"][-1],
+        "block_size": BLOCK_SIZE,
+        "rank": RANK,
+        # A narrow model needs wide weights.
+        "initializer_range": hidden_size**-0.5,
+    } | KINDS[kind].options
+
+
+def new_model(kind: str, settings: dict) -> MultipoleForCausalLM:
+    """The MLP is as wide as gives every kind the parameters of the largest, in which it is as wide as the model."""
+
+    def build(kind, width):
+        model = MultipoleForCausalLM(MultipoleConfig(**options_of(kind, settings), intermediate_size=width))
+        if KINDS[kind].implementation:
+            model.set_attn_implementation(KINDS[kind].implementation)
+        return model
+
+    hidden_size = settings["hidden_size"]
+    missing = build("multipole", hidden_size).num_parameters() - build(kind, 1).num_parameters()
+    return build(kind, 1 + round(missing / (3 * LAYERS * hidden_size)))
+
+
+def answers(model, ids: torch.Tensor, asked: torch.Tensor, task: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The logits of the answers ``(answers, vocabulary)``, the answers, their distances and their tasks."""
+    there = asked[:, 1:] > 0
+    hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
+    return model.lm_head(hidden[there]), *(x[:, 1:][there] for x in (ids, asked, task))
+
+
+# One run
+
+
+def stages(settings: dict) -> list[tuple[int, int]]:
+    """Row lengths and steps, the short rows first."""
+    return list(zip(settings["train_lengths"], settings["steps"]))
+
+
+def examples(settings: dict, seed: int):
+    """Batches, the same for every kind: as many tokens in each."""
+    generator = torch.Generator().manual_seed(seed)
+    for n, steps in stages(settings):
+        count = max(1, settings["batch_tokens"] // n)
+        for start in range(0, steps, POOL):
+            drawn = draw(POOL * count, n, generator)
+            yield from itertools.islice(zip(*(x.split(count) for x in drawn)), steps - start)
+
+
+def train(kind: str, seed: int, settings: dict) -> tuple[MultipoleForCausalLM, dict]:
+    """The trained model; parameters, seconds of processor time, and a curve of the recall beyond two blocks on rows of training."""
+    set_seed(seed)
+    accelerator = Accelerator()
+    model = new_model(kind, settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
+    steps = sum(settings["steps"])
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, min(100, steps // 4), steps, min_lr_rate=0.05)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    every, curve, hits = max(1, steps // POINTS), [], {name: [] for name in TASKS}
+    start = time.process_time()
+    bar = tqdm(examples(settings, seed), f"{kind}, seed {seed}", steps, mininterval=1)
+    for step, batch in enumerate(bar, 1):
+        logits, wanted, distance, task = answers(model, *(x.to(accelerator.device) for x in batch))
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        # Tasks count alike, however many answers they have.
+        loss = torch.stack([losses[task == number].mean() for number in task.unique()]).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        for number, name in enumerate(TASKS):
+            hits[name].append((logits.argmax(-1) == wanted)[(task == number) & (distance > 2 * BLOCK_SIZE)])
+        if step % every == 0 or step == steps:
+            shares = {name: torch.cat(found).float().mean().item() if sum(map(len, found)) else 0.0 for name, found in hits.items()}
+            curve.append({"step": step, "tokens": batch[0].shape[1], "loss": loss.item(), "recall": shares})
+            bar.set_postfix(loss=f"{loss.item():.3f}", **{name: f"{share:.3f}" for name, share in shares.items()})
+            hits = {name: [] for name in TASKS}
+    figures = {"parameters": model.num_parameters(), "seconds": time.process_time() - start, "curve": curve}
+    return accelerator.unwrap_model(model), figures
+
+
+@torch.no_grad()
+def recall(model, n: int, rows: int, items: dict[str, int] | None = None) -> dict[str, list[dict]]:
+    """Of each task, for each ``distance``: the share of answers that the model holds most likely, ``recall``, its standard ``error``
+    over items (those of one passage are not independent), and how many ``items`` were asked for.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    found = {name: {distance: [] for distance in distances(name, n)} for name in TASKS}
+    drawn = draw(rows, n, torch.Generator().manual_seed(2**31), items, measured=True)
+    for row in tqdm(zip(*(x.split(1) for x in drawn)), f"{n} tokens", rows, mininterval=1, leave=False):
+        logits, wanted, distance, task = (x.cpu() for x in answers(model, *(x.to(device) for x in row)))
+        hits = (logits.argmax(-1) == wanted).double()
+        for number, (name, sizes) in enumerate(TASKS.items()):
+            # The answers to an item stand side by side.
+            own, size = task == number, sizes.asked - 1
+            for at, share in zip(distance[own].view(-1, size)[:, 0].tolist(), hits[own].view(-1, size).mean(1).tolist()):
+                found[name][at].append(share)
+    return {name: [point(at, shares) for at, shares in of_task.items() if shares] for name, of_task in found.items()}
+
+
+def point(distance: int, shares: list[float]) -> dict:
+    return {"distance": distance, "recall": statistics.mean(shares), "error": error(shares), "items": len(shares)}
+
+
+def error(shares: list[float]) -> float:
+    """Standard error of the mean; that of one more success and one more failure, since a few items may all be alike."""
+    shares = [*shares, 0.0, 1.0]
+    return statistics.pstdev(shares) / math.sqrt(len(shares))
+
+
+def measure(model, n: int, settings: dict) -> dict:
+    """Recall at a length, and at the shortest one, how it depends on how much there is to keep."""
+    start = time.process_time()
+    rows = settings["rows"][settings["lengths"].index(n)]
+    figures = {"rows": rows, "recall": recall(model, n, rows)}
+    if n == settings["lengths"][0]:
+        figures["load"] = {str(items): recall(model, n, rows, {"needle": items})["needle"] for items in LOADS}
+    return figures | {"seconds": time.process_time() - start}
+
+
+def folder_of(output: Path, kind: str, seed: int) -> Path:
+    return output / f"{kind.replace(',', '').replace(' ', '-')}-{seed}"
+
+
+def study(folder: Path, kind: str, seed: int, lengths: list[int], settings: dict) -> None:
+    """Trains and measures what the folder does not hold. The JSON files are written last: weights without one are not whole."""
+    trained, weights, measured = folder / "training.json", folder / "weights.pt", {n: folder / f"recall-{n}.json" for n in lengths}
+    for path in (trained, *measured.values()):
+        if path.is_file() and json.loads(path.read_text())["settings"] != settings:
+            sys.exit(f"{path} was made with other settings; name another --output")
+    about = {"kind": kind, "seed": seed, "settings": settings}
+    folder.mkdir(parents=True, exist_ok=True)
+    if not trained.is_file():
+        model, figures = train(kind, seed, settings)
+        torch.save(model.state_dict(), weights)
+        write_json(trained, about | figures)
+    missing = {n: path for n, path in measured.items() if not path.is_file()}
+    if missing:
+        model = new_model(kind, settings)
+        model.load_state_dict(torch.load(weights, map_location="cpu"))
+        model = model.to(Accelerator().device)
+        for n, path in missing.items():
+            write_json(path, about | {"tokens": n} | measure(model, n, settings))
+            print(f"{kind}, seed {seed}: measured at {n} tokens", flush=True)
+
+
+# The report
+
+
+def results(output: Path) -> tuple[dict[tuple[str, int], dict], dict[tuple[str, int], dict[int, dict]]]:
+    """Training, and what was measured by length, of each kind and seed in the order of KINDS."""
+    read = [json.loads(path.read_text()) for path in sorted(output.glob("*/*.json"))]
+    read.sort(key=lambda file: (list(KINDS).index(file["kind"]), file["seed"], file.get("tokens", 0)))
+    if any(file["settings"] != read[0]["settings"] for file in read):
+        sys.exit(f"the runs in {output} were made with different settings: report them from folders of their own")
+    training, measured = {}, {}
+    for file in read:
+        run = file["kind"], file["seed"]
+        if "tokens" in file:
+            measured.setdefault(run, {})[file["tokens"]] = file
+        else:
+            training[run] = file
+    return training, measured
+
+
+def pooled(points: list[dict], low: int, high: int) -> str:
+    """Recall at distances beyond ``low`` up to ``high``, in per cent, an item as good as another; its standard error."""
+    inside = [p for p in points if low < p["distance"] <= high]
+    items = sum(p["items"] for p in inside)
+    if not items:
+        return ""
+    share = sum(p["recall"] * p["items"] for p in inside) / items
+    return f"{100 * share:.0f} ± {100 * math.hypot(*(p['error'] * p['items'] for p in inside)) / items:.0f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
+
+
+def named(run: tuple[str, int], seeds: set[int]) -> str:
+    return run[0] if len(seeds) == 1 else f"{run[0]}, seed {run[1]}"
+
+
+def report(output: Path, path: Path) -> str:
+    training, measured = results(output)
+    if not measured:
+        sys.exit(f"--output {output} holds nothing that was measured: name some --kinds")
+    settings, seeds = next(iter(training.values()))["settings"], {seed for _, seed in training}
+    lengths = settings["lengths"]
+    edges = [0, 2 * BLOCK_SIZE, *(n for n in (BLOCK_SIZE * 8, *lengths) if n > 2 * BLOCK_SIZE)]
+    bands = list(zip(edges, edges[1:]))
+    parts = []
+    for task in TASKS:
+        picture = Path("images") / f"{path.stem}-{task}.png"
+        probes = {named(run, seeds): {str(n): file["recall"][task] for n, file in by.items()} for run, by in measured.items()}
+        (path.parent / "images").mkdir(parents=True, exist_ok=True)
+        plot_reach(probes, path.parent / picture)
+        rows = [
+            [name, f"{int(n):,}", *(pooled(points, *band) for band in bands)] for name, by in probes.items() for n, points in by.items()
+        ]
+        head = ["attention", "row", *(f"{low + 1:,} to {high:,}" for low, high in bands)]
+        parts.append(f"## {task.capitalize()}\n\n{table(head, rows)}\n\n![{task}]({picture.as_posix()})")
+    runs = [
+        [
+            named(run, seeds),
+            f"{file['parameters']:,}",
+            f"{file['seconds']:,.0f}",
+            f"{file['curve'][-1]['loss']:.2f}",
+            *(f"{100 * file['curve'][-1]['recall'][task]:.0f}" for task in TASKS),
+        ]
+        for run, file in training.items()
+    ]
+    loads = [
+        [named(run, seeds), *(pooled(by[n]["load"][str(items)], 2 * BLOCK_SIZE, n) for items in LOADS)]
+        for run, by in measured.items()
+        for n in by
+        if "load" in by[n]
+    ]
+    done = {run for run, by in measured.items() if set(lengths) <= set(by)}
+    missing = [kind for kind in KINDS if kind not in {kind for kind, _ in done}]
+    partial = f"\n**Partial:** not, or not at all lengths, measured yet: {'; '.join(missing)}.\n" if missing else ""
+    chance = {"needle": VALUES, "copy": PASSAGE, "induction": NOISE}
+    last = settings["train_lengths"][-1]
+    return f"""# Reach: what small models find again, and how far back
+
+```bash
+{command(output, path, settings)}
+```
+{partial}
+Models of {LAYERS} layers, width {settings["hidden_size"]}, {settings["heads"]} heads, as many parameters in each (the MLP takes up the
+difference), block size {BLOCK_SIZE}, rank {RANK}; the far bias starts at 0. Trained on rows of {within(settings)} tokens, in this order,
+{settings["batch_tokens"]:,} tokens a step, the same rows for every kind, all tasks in each row; the loss is on the answers alone.
+Measured on rows of {" and ".join(f"{n:,}" for n in lengths)} tokens. Tasks (`hf_multipole/training/recall.py`):
+
+- needle: up to {TASKS["needle"].items} tokens in a row hold a key and a value each; asked for a key, the model gives the value;
+- copy: up to {TASKS["copy"].items} passages of {PASSAGE} tokens after a marker; asked for the marker, it gives the passage, token by token;
+- induction: up to {TASKS["induction"].items} pairs of symbols like those of the noise; asked for the first, it gives the second.
+
+Recall is the share of answers that the model holds most likely, by the distance between both places, in per cent, with the standard error
+over items. Guesses within the right symbols: {", ".join(f"{name} {100 / many:.1f} %" for name, many in chance.items())}.
+The near field of the multipole kinds holds {BLOCK_SIZE + 1} to {2 * BLOCK_SIZE} tokens for certain, what is further away is seen in
+summaries only.
+
+## Training
+
+Recall in the last twentieth of training, further away than {2 * BLOCK_SIZE} tokens, on rows of {last:,} tokens:
+
+{table(["attention", "parameters", "CPU seconds", "loss", *TASKS], runs)}
+
+{(chr(10) * 2).join(parts)}
+
+## How much there is to keep
+
+Needles in rows of {lengths[0]:,} tokens that hold nothing else, further away than {2 * BLOCK_SIZE} tokens, by their number:
+
+{table(["attention", *map(str, LOADS)], loads)}
+"""
+
+
+def within(settings: dict) -> str:
+    return ", then ".join(f"{n:,} ({steps:,} steps)" for n, steps in stages(settings))
+
+
+# The command
+
+
+SETTINGS = ("train_lengths", "steps", "batch_tokens", "lengths", "rows", "hidden_size", "heads", "learning_rate")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--report", type=Path, help="Markdown file to write, with pictures under images/ beside it")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of attention; none to write the report alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--train-lengths", type=int, nargs="+", default=[128, 512, 1024], help="tokens of a row, short rows first")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1500, 1000, 1500], help="for each of them")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], help="of rows to measure")
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 32, 16, 8], help="for each of them")
+    parser.add_argument("--only", type=int, nargs="+", help="of the lengths, to measure at now; all by default")
+    parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    return parser
+
+
+def parse(arguments):
+    o = parser().parse_args(arguments)
+    o.only = o.only or o.lengths
+    # What the longest task needs at the farthest distance.
+    shortest = 16 * max(task.asked for task in TASKS.values())
+    faults = [
+        (len(o.steps) != len(o.train_lengths), f"--steps {o.steps} must be as many as --train-lengths {o.train_lengths}"),
+        (len(o.rows) != len(o.lengths), f"--rows {o.rows} must be as many as --lengths {o.lengths}"),
+        (min(o.train_lengths) < 102, f"--train-lengths {o.train_lengths} must be at least 102, to hold all tasks"),
+        (min(o.lengths) < shortest, f"--lengths {o.lengths} must be at least {shortest}, to hold all tasks"),
+        (not set(o.only) <= set(o.lengths), f"--only {o.only} must be among --lengths {o.lengths}"),
+        (min(*o.steps, *o.rows, o.batch_tokens) < 1, "--steps, --rows and --batch-tokens must be positive"),
+        (o.heads < 1 or o.hidden_size % (2 * o.heads) != 0, f"--hidden-size {o.hidden_size} must be a multiple of twice --heads {o.heads}"),
+        (not o.learning_rate > 0, f"--learning-rate {o.learning_rate} must be positive"),
+        (o.output.exists() and not o.output.is_dir(), f"--output {o.output} is a file; name a folder"),
+    ]
+    if any(wrong for wrong, _ in faults):
+        sys.exit("\n".join(message for wrong, message in faults if wrong))
+    return o
+
+
+def command(output: Path, path: Path, settings: dict) -> str:
+    """The command line of these runs and of this report."""
+    parts = ["python", "scripts/reach.py", "--output", str(output)]
+    for name, value in settings.items():
+        if value != parser().get_default(name):
+            parts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join([*parts, "--report", str(path)])
+
+
+def main(arguments) -> None:
+    o = parse(arguments)
+    settings = {name: getattr(o, name) for name in SETTINGS}
+    peers.register()
+    for seed, kind in itertools.product(o.seeds, o.kinds):
+        study(folder_of(o.output, kind, seed), kind, seed, o.only, settings)
+    if o.report is not None:
+        o.report.parent.mkdir(parents=True, exist_ok=True)
+        o.report.write_text(report(o.output, o.report))
+        print(f"wrote {o.report}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
