@@ -228,6 +228,14 @@ def memory_in_new_process(o, method, layer):
     tqdm.write(f"{method}, {layer.batch} x {layer.n}: no memory figure: {found}")
 
 
+def yardsticks(device, dtype):
+    """A large matrix product and a copy, as functions; the operations of the one, the bytes of the other."""
+    size = 1024 if torch.device(device).type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    source, target = torch.zeros(2, 2**26, device=device, dtype=torch.uint8)  # more than caches hold
+    return lambda: torch.mm(matrix, matrix), lambda: target.copy_(source), 2 * size**3, 2 * source.nbytes
+
+
 def growth(kind, layer, earlier):
     """Of the time, from an earlier result on."""
     return (layer.n / earlier["n"]) ** (2 if kind == "full" else 1) * layer.batch / earlier["batch"]
@@ -259,19 +267,16 @@ def measure(o, layer, earlier, bar):
         result["samples"] = {name: [] for name in PASSES}
     bar.update(1)
 
-    size = 1024 if torch.device(o.device).type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=o.device, dtype=o.torch_dtype)
-    source, target = torch.zeros(2, 2**26, device=o.device, dtype=torch.uint8)  # more than caches hold
+    multiply, copy, flops, moved = yardsticks(o.device, o.torch_dtype)
     for i in range(o.repeats):
-        gemm.append(timed(o.device, torch.mm, matrix, matrix)[o.clock == "processor"])
-        copies.append(timed(o.device, target.copy_, source)[o.clock == "processor"])
+        gemm.append(timed(o.device, multiply)[o.clock == "processor"])
+        copies.append(timed(o.device, copy)[o.clock == "processor"])
         for method in (method for method in calls if i < rounds[method]):
             bar.set_postfix_str(f"{layer.batch} x {layer.n}, {method}")
             for name, samples in results[method]["samples"].items():
                 samples.append(timed(o.device, run, *calls[method], upstream, name == "both"))
         bar.update(1)
-    rate = 2 * len(matrix) ** 3 / sorted(gemm)[len(gemm) // 2]
-    copied = 2 * source.nbytes / sorted(copies)[len(copies) // 2]
+    rate, copied = (amount / sorted(times)[len(times) // 2] for amount, times in ((flops, gemm), (moved, copies)))
     for method, result in results.items():
         kind, causal = METHODS[method]
         for name, samples in result.get("samples", {}).items():

@@ -45,6 +45,16 @@ def linear(q, k, v, causal, scaling):
     return out[..., :-1] / out[..., -1:]
 
 
+def linear_step(q, k, v, sums):
+    """One more token of causal linear attention, all ``(batch, heads, 1, head_dim)``; sums ``(batch, heads, head_dim, head_dim + 1)`` of
+    the tokens before it, float32, take it in.
+    """
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    sums += k.mT * F.pad(v, (0, 1), value=1.0)
+    out = q.to(sums.dtype) @ sums
+    return (out[..., :-1] / out[..., -1:]).to(v.dtype)
+
+
 def alibi(q, k, v, causal, scaling):
     heads, n = q.shape[1:3]
     slopes = 2 ** (-8 * torch.arange(1, heads + 1, device=q.device) / heads)

@@ -151,3 +151,39 @@ def test_what_the_model_refuses():
         cost_model.decode("nystrom", Layer(100))
     with pytest.raises(ValueError, match="no exchange is worked out for 'linear'"):
         cost_model.exchange("linear", Layer(100), 2)
+
+
+def test_benchmark_and_plan(tmp_path):
+    """A benchmark over lengths and batch sizes, its floors, and the plan that takes its rates."""
+    sizes = ["--heads", 2, "--head-dim", 8, "--block-size", 8, "--rank", 2, "--repeats", 1, "--threads", 1, "--clock", "processor"]
+    methods = ["--methods", "sdpa", "multipole-hierarchical", "multipole-linear", "linear-attention"]
+    shapes = ["--lengths", 64, 512, "--batch", 1, 3]
+    run("benchmark.py", *sizes, *methods, *shapes, "--output", "out", cwd=tmp_path)
+    record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [(r["n"], r["batch"]) for r in record["results"][::4]] == [(64, 1), (64, 3), (512, 1), (512, 3)]
+    assert all(min(r["forward_floors"].values()) > 0 and r["forward"]["median"] > 0 and not r["note"] for r in record["results"])
+    assert all(r["memory"] > 0 for r in record["results"] if (r["n"], r["batch"]) == (512, 3))
+    least = cost_model.both("multipole", Layer(512, 3, 2, 2, 8, block_size=8, rank=2)).memory
+    assert record["results"][-3]["least_memory"] == least
+
+    plan = ["--lengths", 2**20, "--devices", 1, 512, "--measured", "out/benchmark.json", "--report", "reports/cost.md"]
+    run("cost_plan.py", *plan, cwd=tmp_path)
+    text = (tmp_path / "reports" / "cost.md").read_text()
+    assert "| 1,048,576 | 512 |" in text and "## The processor that was measured" in text
+    # 524,288.5 columns of 128 entries for 32 heads, two products forward and four backward, at 60 % of 989 Tflop/s.
+    assert 3 * 4 * 2**20 * 524288.5 * 128 * 32 / (0.6 * 989e12) == pytest.approx(45.5, abs=0.1) and "| 45.5 s |" in text
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("benchmark.py", ["--tokens", 100, "--lengths", 64], "--tokens 100 is no multiple of --lengths 64"),
+        ("benchmark.py", ["--tokens", 64, "--lengths", 64, "--batch", 2], "--tokens and --batch exclude each other"),
+        ("cost_plan.py", ["--lengths", 1000, "--devices", 8], "--lengths 1000 cannot be cut into whole blocks of 64 for --devices 8"),
+        ("cost_plan.py", ["--share-full", 2], "--share-full 2.0 must be at most 1"),
+        ("cost_plan.py", ["--measured", "none.json"], "--measured none.json does not exist"),
+    ],
+)
+def test_what_the_scripts_refuse(script, arguments, message, tmp_path):
+    assert message in run(script, *arguments, cwd=tmp_path, fails=True)
+    assert not list(tmp_path.iterdir())
