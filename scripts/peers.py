@@ -17,6 +17,7 @@ For training and evaluation of whole rows: no padding, packed documents, cache o
 import runpy
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-WINDOW, BLOCK_SIZE, LANDMARKS, ALIBI_CHUNK = 128, 32, 64, 128
+WINDOW, BLOCK_SIZE, LANDMARKS, CHUNK, ALIBI_CHUNK = 128, 32, 64, 64, 128
 
 
 def linear(q, k, v, causal, scaling):
@@ -36,12 +37,22 @@ def linear(q, k, v, causal, scaling):
     if not causal:
         out = q @ (k.mT @ v)
     else:
-        n, chunk = q.shape[2], 64
-        q, k, v = (F.pad(x, (0, 0, 0, -n % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+        n = q.shape[2]
+        q, k, v = (F.pad(x, (0, 0, 0, -n % CHUNK)).unflatten(2, (-1, CHUNK)) for x in (q, k, v))
         sums = k.mT @ v
         out = q @ (sums.cumsum(2) - sums) + (q @ k.mT).tril() @ v
         out = out.flatten(2, 3)[:, :, :n]
     return out[..., :-1] / out[..., -1:]
+
+
+def linear_step(q, k, v, sums):
+    """One more token of causal linear attention, all ``(batch, heads, 1, head_dim)``; sums ``(batch, heads, head_dim, head_dim + 1)`` of
+    the tokens before it, float32, take it in.
+    """
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    sums += k.mT * F.pad(v, (0, 1), value=1.0)
+    out = q.to(sums.dtype) @ sums
+    return (out[..., :-1] / out[..., -1:]).to(v.dtype)
 
 
 def alibi(q, k, v, causal, scaling):
@@ -59,35 +70,59 @@ def alibi(q, k, v, causal, scaling):
     return torch.cat(out, 2)
 
 
-def local(q, k, v, causal, scaling):
+def local(q, k, v, causal, scaling, window=WINDOW):
     attention = import_module("local_attention").LocalAttention(
-        WINDOW, causal=causal, autopad=True, use_rotary_pos_emb=False, scale=scaling
+        window, causal=causal, autopad=True, use_rotary_pos_emb=False, scale=scaling
     )
     return attention(q, k, v)
 
 
-def h_transformer_1d(q, k, v, causal, scaling):
-    heads, n, dim = q.shape[1:]
+# Two packages have modules that project x to queries, keys and values. Without their projections they take these side by side. A module
+# is made once for each shape: making one takes time in proportion to the row.
+
+
+def bare(module, scaling, device):
+    module.scale, module.to_qkv, module.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()
+    return module.to(device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def h_transformer_1d_module(n, heads, dim, causal, scaling, device, block_size=BLOCK_SIZE):
     if not causal and n & (n - 1):
         raise ValueError(f"peer_h_transformer_1d would attend to its own padding: rows must have a power of 2 of tokens, not {n}")
     peers = import_module("h_transformer_1d.h_transformer_1d")
     kind = peers.CausalHAttention1D if causal else peers.HAttention1D
-    peer = kind(1, max_seq_len=1 << (n - 1).bit_length(), heads=heads, dim_head=dim, block_size=BLOCK_SIZE).to(q.device)
-    peer.scale, peer.to_qkv, peer.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()
-    x = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)
-    return peer(x).unflatten(2, (heads, -1)).transpose(1, 2)
+    return bare(kind(1, max_seq_len=1 << (n - 1).bit_length(), heads=heads, dim_head=dim, block_size=block_size), scaling, device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def nystrom_module(n, heads, dim, causal, scaling, device, landmarks=LANDMARKS):
+    if causal:
+        raise ValueError("peer_nystrom is for masked models: its landmarks are means over the whole row, the future included")
+    if n % landmarks:
+        raise ValueError(f"peer_nystrom would attend to its own padding: rows must have a multiple of {landmarks} tokens, not {n}")
+    peers = import_module("nystrom_attention")
+    return bare(peers.NystromAttention(1, dim, heads, landmarks, residual=False), scaling, device)
+
+
+def side_by_side(q, k, v):
+    return torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)
+
+
+def by_head(x, heads):
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def h_transformer_1d(q, k, v, causal, scaling):
+    (_, heads, n, dim), device = q.shape, q.device
+    return by_head(h_transformer_1d_module(n, heads, dim, causal, scaling, device)(side_by_side(q, k, v)), heads)
 
 
 def nystrom(q, k, v, causal, scaling):
-    if causal:
-        raise ValueError("peer_nystrom is for masked models: its landmarks are means over the whole row, the future included")
-    heads, n, dim = q.shape[1:]
-    if n % LANDMARKS:
-        raise ValueError(f"peer_nystrom would attend to its own padding: rows must have a multiple of {LANDMARKS} tokens, not {n}")
-    peer = import_module("nystrom_attention").NystromAttention(1, dim, heads, LANDMARKS, residual=False)
-    peer.scale, peer.to_qkv, peer.to_out = scaling, torch.nn.Identity(), torch.nn.Identity()
-    x = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], 2)
-    return peer(x).unflatten(2, (heads, -1)).transpose(1, 2)
+    (_, heads, n, dim), device = q.shape, q.device
+    return by_head(nystrom_module(n, heads, dim, causal, scaling, device)(side_by_side(q, k, v)), heads)
 
 
 class Peer(NamedTuple):

@@ -24,9 +24,13 @@ def run(script, *arguments, cwd, fails=False):
 
 def test_benchmark_of_generation(tmp_path):
     sizes = ["--heads", 2, "--head-dim", 8, "--block-size", 8, "--rank", 2, "--layers", 1, "--repeats", 1, "--threads", 1]
-    run("benchmark_generation.py", *sizes, "--contexts", 100, "--prompts", 100, "--tokens", 2000, "--output", "out", cwd=tmp_path)
+    lengths = ["--contexts", 100, "--batch-context", 60, "--batch", 3, "--prompts", 100, "--tokens", 2000]
+    run("benchmark_generation.py", *sizes, *lengths, "--clock", "processor", "--output", "out", cwd=tmp_path)
     record = json.loads((tmp_path / "out" / "benchmark-generation.json").read_text())
-    assert record["steps"][0]["context"] == 100 and len(record["writing"]["multipole"]["seconds_per_1000"]) == 2
+    assert [(r["context"], r["batch"]) for r in record["steps"]] == [(60, 3), (100, 1)]
+    assert record["steps"][0]["full"]["bytes"] == 3 * 2 * 2 * 60 * 8 * 4
+    assert all(0 < r[kind]["floor"] < r[kind]["seconds"] for r in record["steps"] for kind in ("multipole", "multipole_linear", "linear"))
+    assert len(record["writing"]["multipole"]["seconds_per_1000"]) == 2
     assert "must be at least 2000" in run("benchmark_generation.py", "--tokens", 10, cwd=tmp_path, fails=True)
 
 

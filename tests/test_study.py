@@ -234,6 +234,11 @@ def test_peers(name, causal):
     else:
         return
     torch.testing.assert_close(out, weights @ v, rtol=1e-4, atol=1e-5)
+    if name == "peer_linear" and causal:
+        with torch.no_grad():
+            sums = torch.zeros(2, 2, 8, 9)
+            steps = [peers.linear_step(*(x[:, :, t : t + 1] for x in (q, k, v)), sums) for t in range(n)]
+            torch.testing.assert_close(torch.cat(steps, 2), weights @ v, rtol=1e-4, atol=1e-5)
 
 
 def test_peers_refuse():
