@@ -340,7 +340,8 @@ def draw(o, results, path):
     ticks = sorted({r[x_of] for r in results})
     colors = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
     panels = {"forward": "forward, µs a token", "both": "forward + backward, µs a token", "memory": "extra memory, KB a token"}
-    for axes, (what, title) in zip(picture.subplots(1, len(panels)), panels.items()):
+    panels = {what: title for what, title in panels.items() if any(a_token(r, what)[0] is not None for r in results)}
+    for axes, (what, title) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         ends = []
         for color, method in zip(colors, o.methods):
             points = [(r[x_of], *a_token(r, what), "samples" in r) for r in results if r["method"] == method]
