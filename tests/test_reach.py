@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,7 @@ def test_recall_shows_the_reach(reach):
 SIZES = "--output out --train-lengths 112 --steps 3 --batch-tokens 224 --lengths 288 320 --rows 2 2 --hidden-size 8".split()
 
 
+@pytest.mark.skipif(not find_spec("h_transformer_1d"), reason="h-transformer-1d is not installed")
 def test_every_kind(reach, capsys):
     """A short run of every kind, first at one length: alike in size; what is there is kept; a report."""
     reach.main([*SIZES, "--only", "288"])
@@ -114,6 +116,7 @@ def test_every_kind(reach, capsys):
         reach.main([*SIZES, "--steps", "4", "--kinds", "multipole"])
 
 
+@pytest.mark.skipif(not find_spec("h_transformer_1d"), reason="h-transformer-1d is not installed")
 def test_kinds_see_what_they_should(reach):
     """Near field only: what is further away than two blocks cannot matter. In all others the first token can."""
     study = {"hidden_size": 8, "heads": 2, "train_lengths": [256]}
