@@ -29,7 +29,7 @@ from tiny_models import build, tokens
 
 import hf_multipole
 from hf_multipole.modeling import state_multipole
-from hf_multipole.modeling.multipole_attention import use_kernels
+from hf_multipole.modeling.backends import takes_kernels
 from hf_multipole.reference import multipole_attention_reference
 
 triton = pytest.importorskip("triton")
@@ -73,7 +73,9 @@ LOW = {
     "bfloat16, bidirectional": replace(FULL, dtype=torch.bfloat16, repeats=1, causal=False, **PACKED),
     "bfloat16, whole tiles": replace(CASES["whole tiles"], dtype=torch.bfloat16, softcap=None),
     "float16": replace(FULL, repeats=1, dtype=torch.float16),
+    "float16, bidirectional, packed": replace(FULL, dtype=torch.float16, causal=False, **PACKED),
     "bfloat16, O(n) form": replace(FULL, dtype=torch.bfloat16, repeats=1, downsample=True),
+    "float16, O(n) form": replace(FULL, dtype=torch.float16, repeats=1, downsample=True, causal=False, padding=((2, 1),)),
 }
 
 
@@ -90,7 +92,7 @@ def test_low_precision_is_within_twice_the_error_of_a_reference_that_rounds_its_
     matches_reference(multipole_attention, case, DEVICE, rounded_products=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_sum_to_one(dtype):
     weights_sum_to_one(multipole_attention, replace(FULL, dtype=dtype, padding=((3, 2),)), DEVICE)
 
@@ -196,7 +198,7 @@ def test_a_cache_on_the_kernels(monkeypatch, options, padded):
     steps, real = [], state_triton.step
     monkeypatch.setattr(state_triton, "step", lambda *arguments: steps.append(arguments) or real(*arguments))
     for use in (False, True):
-        monkeypatch.setattr(state_multipole, "use_kernels", lambda *_, use=use: use)
+        monkeypatch.setattr(state_multipole, "takes_kernels", lambda *_, use=use: use)
         cache, logits, done = None, [], 0
         for piece in (5, 2, 1, 1, 1, 1):
             done += piece
@@ -294,16 +296,28 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("options, taken", [({}, True), ({"dropout_p": 0.1}, False), ({"dtype": torch.float64}, False)])
-def test_auto_takes_the_kernels_on_cuda_devices(options, taken):
-    """But for dropout and float64; nowhere else, and nowhere where PyTorch is asked for."""
-    dtype = options.get("dtype", torch.float32)
-    dropout_p = options.get("dropout_p", 0.0)
-    cpu = torch.zeros(1, 1, 1, 1, dtype=dtype)
-    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=cpu.shape)
-    assert use_kernels("auto", gpu, gpu, dropout_p) == taken
-    assert not use_kernels("torch", gpu, gpu, dropout_p)
-    assert not use_kernels("auto", cpu, cpu, dropout_p)
+CANNOT = {
+    "dropout": ({"dropout_p": 0.1}, "dropout_p is 0.1"),
+    "float64": ({"dtype": torch.float64}, "torch.float64"),
+    "wide heads": ({"width": 257}, "that of q is 257"),
+    "order 4": ({"order": 4}, "but there are 3"),
+}
+
+
+@pytest.mark.parametrize("options, words", [({}, None), ({"width": 256}, None), *CANNOT.values()], ids=["", "256", *CANNOT])
+def test_auto_takes_the_kernels_on_cuda_devices(options, words):
+    """But not where they cannot run, where "triton" raises; nowhere else, and nowhere where PyTorch is asked for."""
+    options = dict(options)
+    dtype, widths = options.pop("dtype", torch.float32), {"q": options.pop("width", 64)}
+    gpu, cpu = (SimpleNamespace(device=torch.device(device), dtype=dtype) for device in ("cuda", "cpu"))
+    assert takes_kernels("auto", gpu, widths, **options) == (words is None)
+    assert not takes_kernels("torch", gpu, widths, **options)
+    assert not takes_kernels("auto", cpu, widths, **options)
+    if words is None:
+        assert takes_kernels("triton", gpu, widths, **options)
+    else:
+        with pytest.raises((ValueError, TypeError), match=words):
+            takes_kernels("triton", gpu, widths, **options)
 
 
 # What is refused
@@ -320,10 +334,10 @@ REFUSED = {
     "float64": (
         {name: torch.zeros(1, 1, 3, 4, dtype=torch.float64) for name in "qkv"},
         TypeError,
-        "q has torch.float64; pass backend='torch'",
+        "q has torch.float64; pass backend='auto' or 'torch'",
     ),
-    "wide heads": ({name: WIDE for name in "qkv"}, ValueError, "that of q is 257; pass backend='torch'"),
-    "wide values": ({"v": WIDE}, ValueError, "that of v is 257; pass backend='torch'"),
+    "wide heads": ({name: WIDE for name in "qkv"}, ValueError, "that of q is 257; pass backend='auto' or 'torch'"),
+    "wide values": ({"v": WIDE}, ValueError, "that of v is 257; pass backend='auto' or 'torch'"),
     "dropout": ({"dropout_p": 0.1}, ValueError, "dropout_p is 0.1; pass backend='auto' or 'torch'"),
 }
 
@@ -336,7 +350,7 @@ def test_refused_with_a_remedy(options, error, words):
 
 def test_a_device_that_has_no_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="q is on cpu; move them, or pass backend='torch'"):
+    with pytest.raises(ValueError, match="q is on cpu; move them, or pass backend='auto' or 'torch'"):
         multipole_attention(**small("cpu"))
 
 
@@ -358,7 +372,7 @@ def test_without_triton_or_with_an_old_one(monkeypatch):
 
 @pytest.mark.parametrize(
     "capability, dtype, dim, everything",
-    [(90, "bfloat16", 64, 0), (80, "bfloat16", 128, 1)],
+    [(90, "bfloat16", 64, 0), (80, "bfloat16", 128, 1), (90, "float16", 128, 1), (80, "float16", 256, 0)],
 )
 def test_compiles_for_gpus(capability, dtype, dim, everything):
     """Types are right, tiles fit: on machines without one, too."""

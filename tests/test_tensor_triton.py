@@ -313,6 +313,7 @@ for capability, dtype, dim, (heads, kv_heads, n, windows) in (
     (80, "bfloat16", 128, wide),
     (80, "bfloat16", 64, wide),
     (80, "float16", 64, wide),
+    (90, "float16", 128, wide),
     (80, "float32", 16, wide),
     (80, "float32", 16, (1, 1, 1, [1, 1])),  # numbers of 1 are constants of a kernel
 ):
@@ -338,7 +339,7 @@ def test_compiled_for_gpus_that_are_not_there(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 6 * 4 + 4
+    assert len(results) == 7 * 4 + 4
     for name, (spilled, shared) in results.items():
         assert shared <= 99 * 1024 and spilled <= 1024, (name, spilled, shared)
 
@@ -366,8 +367,8 @@ REFUSED = {
         "order 3",
     ),
     "dropout": ({"dropout_p": 0.1}, ValueError, "dropout_p is 0.1"),
-    "wide heads": ({"q": torch.zeros(2, 2, 20, 260), "keys": [torch.zeros(2, 2, 20, 260)] * 2}, ValueError, "head_dim is 260"),
-    "wide values": ({"values": [torch.zeros(2, 2, 20, 260)] * 2}, ValueError, "value_dim is 260"),
+    "wide heads": ({"q": torch.zeros(2, 2, 20, 260), "keys": [torch.zeros(2, 2, 20, 260)] * 2}, ValueError, "that of q is 260"),
+    "wide values": ({"values": [torch.zeros(2, 2, 20, 260)] * 2}, ValueError, "that of values is 260"),
 }
 
 
@@ -375,18 +376,18 @@ REFUSED = {
 def test_refused_with_the_remedy(options, error, words):
     with pytest.raises(error, match=words) as caught:
         hf_multipole.tensor_attention(**tensors(**options), backend="triton")
-    assert "backend='torch'" in str(caught.value) and "\n" not in str(caught.value)
+    assert "pass backend='auto' or 'torch'" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_float64_is_refused():
     call = make(replace(FULL, dtype=torch.float64))
-    with pytest.raises(TypeError, match="q has torch.float64: pass backend='torch'"):
+    with pytest.raises(TypeError, match="q has torch.float64; pass backend='auto' or 'torch'"):
         call(hf_multipole.tensor_attention, backend="triton")
 
 
 def test_a_device_that_is_no_gpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="run on CUDA devices, but q is on cpu: move the tensors, or pass backend='torch'"):
+    with pytest.raises(ValueError, match="need tensors on a CUDA device, but q is on cpu; move them, or pass backend='auto' or 'torch'"):
         hf_multipole.tensor_attention(**tensors(), backend="triton")
 
 

@@ -3,10 +3,10 @@
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .backends import takes_kernels
 from .cache_multipole import ROLLBACK, PastTokens, to_take_back
 from .polynomial_attention import Approximation, attend, feature_count
 from .state_multipole import NewTokens
-from .tensor_attention import takes_kernels
 
 
 class TensorLayer(DynamicLayer):
@@ -66,11 +66,12 @@ class TensorLayer(DynamicLayer):
         else:
             sums = self.sums.clone()
         out = q.new_zeros(*q.shape[:3], values.shape[-1])
+        kernels = takes_kernels("auto", q, {}, order=indices + 1)
         for start, count in {(row.start, row.count) for row in new if row.count}:
             rows = torch.tensor([i for i, row in enumerate(new) if (row.start, row.count) == (start, count)], device=q.device)
             part = slice(start, start + count)
             tokens = q[rows, :, part], keys[:, rows, :, part], values[:, rows, :, part]
-            found, after = attend(*tokens, approximation, causal=True, state=sums[:, rows], kernels=takes_kernels("auto", q, values))
+            found, after = attend(*tokens, approximation, causal=True, state=sums[:, rows], kernels=kernels)
             out[rows, :, part] = found
             sums[:, rows] = after
         counts = self.counts or [0] * batch

@@ -1,11 +1,11 @@
 """Fast multipole attention: the function, its checks, and what it hands to the operator on blocks (arXiv 2310.11960)."""
 
 import math
-import os
 
 import torch
 from torch import nn
 
+from .backends import takes_kernels
 from .hierarchy import Alignment, align_rows, block_of, check_rows, far_columns, group_count, level_count, near_offsets
 from .multipole_linear import far_results, first_queries, merge, segment_attention
 from .multipole_torch import block_attention, block_weights
@@ -62,23 +62,6 @@ def far_field(columns, alignment, counts, rank, size_weighting, far_bias, kv_hea
 def _side_by_side(levels: list[torch.Tensor] | None) -> torch.Tensor | None:
     """``(batch, heads, groups, rank, ...)`` a level to ``(batch, heads, summaries, ...)``."""
     return None if levels is None else torch.cat([x.flatten(2, 3) for x in levels], 2)
-
-
-def use_kernels(backend: str, q: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> bool:
-    """Whether the GPU kernels run, rather than the PyTorch path; see :func:`multipole_attention`. Raises where they must but cannot."""
-    if backend == "torch" or (backend == "auto" and (q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p)):
-        return False
-    remedy = "pass backend='torch'"
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"the GPU kernels need tensors on a CUDA device, but q is on {q.device}; move them, or {remedy}")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"the GPU kernels take float32, bfloat16 and float16, but q has {q.dtype}; {remedy}")
-    if dropout_p:
-        raise ValueError(f"the GPU kernels have no dropout, but dropout_p is {dropout_p}; pass backend='auto' or 'torch'")
-    for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
-        if width > 256:
-            raise ValueError(f"the GPU kernels take a head_dim of at most 256, but that of {name} is {width}; {remedy}")
-    return True
 
 
 def run_kernels(
@@ -174,7 +157,7 @@ def aligned_attention(
         # One block that holds the row: exact attention.
         block_size, rank, key_summary, value_summary = n, 1, None, None
     dtype = compute_dtype(q.dtype)
-    kernels = use_kernels(backend, q, v, dropout_p)
+    kernels = takes_kernels(backend, q, {"q": dim, "v": v.shape[-1]}, dropout_p)
     means = MeanSummary(block_size, rank)
 
     # Queries are the last tokens. Without an alignment only their blocks, and one before for the near field, are run.
@@ -393,8 +376,9 @@ def multipole_attention(
         scale: of the logits; ``head_dim ** -0.5`` by default.
         dropout_p: dropout of the attention weights.
         backend: "torch"; "triton", the GPU kernels, for float32, bfloat16 and float16, head_dim up to 256, no dropout; "auto": the
-            kernels for tensors on CUDA devices, the PyTorch path on other devices, in float64 and with dropout. Results are the
-            same up to rounding.
+            kernels on CUDA devices, where they can, else the PyTorch path. Results are the same up to rounding. A value that is
+            not finite reaches the queries that see it, and no others: their channel of it on the PyTorch path, all of their
+            channels on the kernels.
 
     Returns:
         ``(batch, heads, queries, value_dim)`` in q's dtype, zeros at padded queries.

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .backends import takes_kernels
 from .hierarchy import far_columns, level_count
-from .multipole_attention import attend_blocks, far_field, run_kernels, use_kernels
+from .multipole_attention import attend_blocks, far_field, run_kernels
 from .summaries import Past, compute_dtype
 
 
@@ -173,7 +174,7 @@ class MultipoleState:
             self.select(torch.arange(len(self.rows)))
         sides = (_Side(self.keys, key_summary, rotary), _Side(self.values, value_summary, None))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        call = _Call(sides, new, size_weighting, far_bias, softcap, scale, use_kernels("auto", q, v))
+        call = _Call(sides, new, size_weighting, far_bias, softcap, scale, takes_kernels("auto", q, {"q": q.shape[-1], "v": v.shape[-1]}))
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             if q.shape[2] == 1 and all(x.count for x in new) and not recorded:

@@ -1,11 +1,11 @@
 """Tensor attention: the function, its checks, and what it hands to the exact and to the near-linear path (arXiv 2310.04064)."""
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
 
+from .backends import takes_kernels
 from .hierarchy import check_rows
 from .multipole_attention import _check_arguments as check_attention
 from .polynomial_attention import MAX_DEGREE, TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
@@ -50,7 +50,8 @@ def tensor_attention(
 
     ``method="exact"`` takes O(n ** k) time, or O(n) times the product of the windows, and O(n) memory; one new query to n tokens
     takes O(n ** (k - 1)). ``method="polynomial"`` takes O(n) time and a state that does not depend on n, both in proportion to the
-    ``C(head_dim + degree, degree)`` features, and is for scores of a few units at most: see :mod:`.polynomial_attention`.
+    ``C(head_dim + degree, degree)`` features, and is for scores of a few units at most: see :mod:`.polynomial_attention`. It breaks
+    the graph of torch.compile, since the number of features, and so shapes, depend on what the entries are found to be.
 
     Args:
         q: ``(batch, heads, queries, head_dim)``, floating point. Fewer queries than keys are the last tokens.
@@ -72,9 +73,8 @@ def tensor_attention(
             bound asks for too many features: "raise", or "exact" for the exact path.
         return_certificate: also returns a :class:`Certificate`, a bound on the error of the output; None where the exact path ran.
         backend: "torch"; "triton", the GPU kernels, for order 3 in float32, bfloat16 and float16, no dropout, and head_dim up to 256
-            on the exact path; "auto": the kernels for tensors on CUDA devices, the PyTorch path on other devices, for other orders,
-            in float64 and with dropout. Results are the same up to rounding; what is not finite makes not-a-number of all channels of
-            the queries that see it.
+            on the exact path; "auto": the kernels on CUDA devices, where they can, else the PyTorch path. Results are the same up to
+            rounding; what is not finite makes not-a-number of all channels of the queries that see it.
 
     Returns:
         ``(batch, heads, queries, value_dim)`` in q's dtype, zeros at padded queries.
@@ -127,8 +127,9 @@ def document_attention(
 ):
     """:func:`tensor_attention` of checked arguments in one dtype; document: as from :func:`document_numbers`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kernels = takes_kernels(backend, q, values, dropout_p)
+    order = len(values) + 1
     if method == "polynomial":
+        kernels = takes_kernels(backend, q, {}, dropout_p, order)
         real = None if document is None else document >= 0
         try:
             approximation = _approximation(q, keys, values, real, scale, degree, entry_bound, tolerance)
@@ -142,25 +143,9 @@ def document_attention(
             dtype = compute_dtype(q.dtype)
             return out, certify(approximation, q.shape[-1], [v.detach() for v in values], real, q.shape[1], dtype, q.dtype)
 
+    kernels = takes_kernels(backend, q, {"q": q.shape[-1], "values": values[0].shape[-1]}, dropout_p, order)
     out = _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels)
     return (out, None) if return_certificate else out
-
-
-def takes_kernels(backend: str, q: torch.Tensor, values: Sequence[torch.Tensor], dropout_p: float = 0.0) -> bool:
-    """Whether the GPU kernels are to run: see :func:`tensor_attention`. Raises where they are asked for and cannot."""
-    others = q.device.type != "cuda" or q.dtype == torch.float64 or dropout_p or len(values) != 2
-    if backend == "torch" or (backend == "auto" and others):
-        return False
-    remedy = "pass backend='torch'"
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"the kernels of backend='triton' run on CUDA devices, but q is on {q.device}: move the tensors, or {remedy}")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"the kernels of backend='triton' take float32, bfloat16 and float16, but q has {q.dtype}: {remedy}")
-    if len(values) != 2:
-        raise ValueError(f"the kernels of backend='triton' are of order 3, with two keys, but there are {len(values)}: {remedy}")
-    if dropout_p:
-        raise ValueError(f"the kernels of backend='triton' have no dropout, but dropout_p is {dropout_p}: {remedy}")
-    return True
 
 
 def _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels) -> torch.Tensor:
@@ -170,9 +155,6 @@ def _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels)
     order = sorted(range(len(keys)), key=windows.__getitem__)
     keys, values, windows = ([x[i] for i in order] for x in (keys, values, windows))
     if kernels:
-        for name, width in (("head_dim", q.shape[-1]), ("value_dim", values[0].shape[-1])):
-            if width > 256:
-                raise ValueError(f"the GPU kernels hold a head_dim of at most 256, but {name} is {width}: pass backend='torch'")
         from .tensor_triton import tensor_kernels
 
         return tensor_kernels(q, *keys, *values, document, causal, windows, scale)[0].to(q.dtype)
