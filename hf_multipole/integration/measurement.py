@@ -1,6 +1,6 @@
-"""How far multipole attention is from exact attention in a stock model: layer by layer, on a text."""
+"""How far other attentions are from exact attention in a trained model: layer by layer, on a text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..modeling.attention_functions import exact_attention
-from ..modeling.attention_masks import MultipoleMask, multipole_mask
+from ..modeling.attention_functions import exact_attention, refuse_features
+from ..modeling.attention_masks import MultipoleMask, WindowMask, multipole_mask
 from .conversion import attention_modules, is_chosen
 
 _MEASUREMENT = "hf_multipole_measurement"
@@ -28,6 +28,47 @@ def with_attention(model: PreTrainedModel, implementation: str, options: dict | 
         model.config.multipole = before[1]
         if before[1] is None:
             del model.config.multipole
+
+
+@contextmanager
+def _registered(model: PreTrainedModel, attention: Callable):
+    """Runs a model with an attention function that nobody else knows of, for a while."""
+    AttentionInterface.register(_MEASUREMENT, attention)
+    AttentionMaskInterface.register(_MEASUREMENT, multipole_mask)
+    try:
+        with with_attention(model, _MEASUREMENT):
+            yield
+    finally:
+        del AttentionInterface._global_mapping[_MEASUREMENT], AttentionMaskInterface._global_mapping[_MEASUREMENT]
+
+
+@contextmanager
+def replaced_attention(model: PreTrainedModel, attend: Callable):
+    """Runs a model with another attention in each of its layers that see the whole row, for a while; layers with a window stay exact.
+
+    attend: ``(name, q, k, v, causal, scale) -> out``, with the name of the attention module, and all tensors ``(batch, heads, n, dim)``:
+    of grouped keys and values, each head gets its own.
+
+    While it lasts, the model raises ValueError for padding, packed rows, caches, dropout and what else ``attend`` is not told of.
+    """
+    names = {id(module): name for name, module in attention_modules(model).items()}
+
+    def attention(module, query, key, value, mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
+        refuse_features(kwargs, isinstance(mask, WindowMask), "an attention that is replaced in each layer")
+        if isinstance(mask, WindowMask):
+            return exact_attention(query, key, value, mask.mask, False, dropout, scaling, softcap, False)
+        if not isinstance(mask, MultipoleMask) or mask.alignment is not None or query.shape[2] != key.shape[2] or dropout or softcap:
+            raise ValueError(
+                "an attention of each layer is replaced in whole rows: no padding, packed documents, caches, dropout, soft caps or masks "
+                "over pairs of tokens"
+            )
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = attend(names[id(module)], query, key, value, mask.causal, scale)
+        return out.transpose(1, 2).contiguous(), None
+
+    with _registered(model, attention):
+        yield
 
 
 @torch.no_grad()
@@ -61,13 +102,8 @@ def layer_errors(
             module.config.multipole = before
         return exact, None
 
-    AttentionInterface.register(_MEASUREMENT, attend)
-    AttentionMaskInterface.register(_MEASUREMENT, multipole_mask)
-    try:
-        with with_attention(model, _MEASUREMENT):
-            model(input_ids, **({"use_cache": False} if model.can_generate() else {}))
-    finally:
-        del AttentionInterface._global_mapping[_MEASUREMENT], AttentionMaskInterface._global_mapping[_MEASUREMENT]
+    with _registered(model, attend):
+        model(input_ids, **({"use_cache": False} if model.can_generate() else {}))
     return errors
 
 

@@ -26,6 +26,13 @@ _UNSUPPORTED = {
 }
 
 
+def refuse_features(arguments: dict, windowed: bool, asker: str) -> None:
+    """Raises ValueError where a model's call asks for what the attention of ``asker`` does not have."""
+    for name, remedy in _UNSUPPORTED.items():
+        if arguments.get(name) is not None and not (windowed and name == "sliding_window"):
+            raise ValueError(f"{asker} does not support {name}: {remedy}")
+
+
 @torch.compiler.disable
 def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, rotary, downsample_queries) -> torch.Tensor:
     """Attention on the state of a cache layer."""
@@ -184,9 +191,7 @@ def multipole_attention_forward(
     Returns the output ``(batch, queries, heads, head_dim)`` and, if asked for, the weights of tokens and summaries.
     """
     windowed = isinstance(attention_mask, WindowMask)
-    for name, remedy in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None and not (windowed and name == "sliding_window"):
-            raise ValueError(f"{asked_for(module.config)} does not support {name}: {remedy}")
+    refuse_features(kwargs, windowed, asked_for(module.config))
     if windowed:
         return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, output_attentions)
     if attention_mask is None and isinstance(key, torch.Tensor):
