@@ -28,7 +28,6 @@ What would take more than --max-seconds-per-method is left out; exact attention 
 
 import argparse
 import importlib
-import json
 import math
 import multiprocessing
 import os
@@ -50,6 +49,7 @@ from hf_multipole.modeling.multipole_attention import multipole_attention
 from hf_multipole.modeling.multipole_torch import block_attention
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 from hf_multipole.reference import multipole_attention_reference
+from hf_multipole.training.checkpoints import write_json
 
 METHODS = {  # kind in cost_model.py, and whether causal
     "sdpa": ("full", True),
@@ -429,6 +429,16 @@ def machine(o):
     return {"processor": names[0], "cores": os.cpu_count(), "gpu": gpu, "load": os.getloadavg()} | versions
 
 
+def write(o, results, rates):
+    """All that there is so far."""
+    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, float, str, list))}
+    record = {"command": command, "machine": machine(o), "options": options, "rates": rates, "results": results}
+    write_json(o.output / "benchmark.json", record)
+    (o.output / "benchmark.md").write_text(f"    {command}\n\n{table(o, results, rates)}\n")
+    if find_spec("matplotlib"):
+        draw(o, results, o.output / "benchmark.png")
+
+
 def main(arguments):
     o = parse(arguments)
     torch.set_num_threads(o.threads)
@@ -447,19 +457,15 @@ def main(arguments):
         for layer in layers:
             rate, copied = measure(o, layer, results, bar)
             rates.append({"n": layer.n, "batch": layer.batch, "gemm": rate, "copy": copied})
+            write(o, results, rates)
         for result in [] if o.no_memory else results:
             layer = Layer(result["n"], result["batch"], **sizes)
             bar.set_postfix_str(f"{layer.batch} x {layer.n}, memory of {result['method']}")
             measured = peak_memory if o.device == "cuda" else memory_in_new_process
             result["memory"] = measured(o, result["method"], layer) if "samples" in result else None
             bar.update(1)
-    print(text := table(o, results, rates))
-    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, float, str, list))}
-    record = {"command": command, "machine": machine(o), "options": options, "rates": rates, "results": results}
-    (o.output / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
-    (o.output / "benchmark.md").write_text(f"    {command}\n\n{text}\n")
-    if find_spec("matplotlib"):
-        draw(o, results, o.output / "benchmark.png")
+    write(o, results, rates)
+    print(table(o, results, rates))
 
 
 if __name__ == "__main__":
