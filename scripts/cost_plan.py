@@ -32,8 +32,9 @@ def on_devices(o, kind: str, layer: Layer, devices: int, name: str) -> dict:
     received, messages = cost_model.exchange(kind, layer, devices, name == "both")
     travel = received / ((o.link if devices <= o.node else o.network) * 1e9) + messages * o.latency * 1e-6
     arguments = layer.query_bytes * (2 if name == "both" else 1) + 2 * layer.key_bytes
-    # Of a ring, the part at work and the one that comes in.
-    buffers = 4 * layer.key_bytes // devices if kind == "full" and devices > 1 else received
+    # Of a ring, the keys and values at work and those that come in; in a backward pass with their gradients.
+    ring = (8 if name == "both" else 4) * layer.key_bytes // devices
+    buffers = ring if kind == "full" and devices > 1 else received
     return {
         "seconds": max(work, travel) if kind == "full" else work + travel,
         "travel": travel,
@@ -84,9 +85,10 @@ def many_devices(o, layers: list[Layer]) -> str:
             time = duration(full["seconds"]) + (" (waits for keys)" if full["waits"] else "")
             received = [size(x["received"]) for x in (full, *own)]
             rows.append([f"{layer.n:,}", f"{devices}", time, *(duration(x["seconds"]) for x in own)])
-            rows[-1] += [f"{full['seconds'] / own[0]['seconds']:,.0f}", *received, duration(own[0]["travel"]), held(o, own[0]["memory"])]
-    heads = [*KINDS.values(), "exact over multipole", *(f"received, {label}" for label in KINDS.values())]
-    return markdown(["n", "GPUs", *heads, "messages, multipole", "memory of a GPU, multipole"], rows)
+            rows[-1] += [f"{full['seconds'] / own[0]['seconds']:,.0f}", *received, duration(own[0]["travel"])]
+            rows[-1] += [held(o, x["memory"]) for x in (full, *own)]
+    heads = [*KINDS.values(), "exact over multipole", *(f"received, {label}" for label in KINDS.values()), "messages, multipole"]
+    return markdown(["n", "GPUs", *heads, *(f"memory of a GPU, {label}" for label in KINDS.values())], rows)
 
 
 def generation(o, layers: list[Layer]) -> str:
@@ -261,8 +263,9 @@ def parse(arguments):
         if getattr(o, large) % getattr(o, small):
             faults.append(f"--{small.replace('_', '-')} {getattr(o, small)} must divide --{large.replace('_', '-')} {getattr(o, large)}")
     for n in () if faults else o.lengths:
-        if n % (o.devices[-1] * o.block_size):
-            faults.append(f"--lengths {n} cannot be cut into whole blocks of {o.block_size} for --devices {o.devices[-1]}")
+        for devices in o.devices:
+            if n % (devices * o.block_size):
+                faults.append(f"--lengths {n} cannot be cut into whole blocks of {o.block_size} for --devices {devices}")
     if o.measured and not o.measured.is_file():
         faults.append(f"--measured {o.measured} does not exist; scripts/benchmark.py writes it")
     if faults:

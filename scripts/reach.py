@@ -32,6 +32,7 @@ from hf_multipole.training.recall import NOISE, PASSAGE, TASKS, VALUES, VOCABULA
 from hf_multipole.training.report import plot_reach
 
 BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
+BRIDGED = 2 * BLOCK_SIZE * LAYERS  # tokens: further than near fields reach, one on top of the other
 EXACT = {"layer_types": ["full_attention"] * LAYERS}
 # No rotation: angles that are as good as 0.
 UNROTATED = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e9}}
@@ -115,7 +116,7 @@ def examples(settings: dict, seed: int):
 
 
 def train(kind: str, seed: int, settings: dict) -> tuple[MultipoleForCausalLM, dict]:
-    """The trained model; parameters, seconds of processor time, and a curve of the recall beyond two blocks on rows of training."""
+    """The trained model; parameters, seconds of processor time, and a curve of the recall beyond all near fields on rows of training."""
     set_seed(seed)
     accelerator = Accelerator()
     model = new_model(kind, settings)
@@ -137,7 +138,7 @@ def train(kind: str, seed: int, settings: dict) -> tuple[MultipoleForCausalLM, d
         scheduler.step()
         optimizer.zero_grad()
         for number, name in enumerate(TASKS):
-            hits[name].append((logits.argmax(-1) == wanted)[(task == number) & (distance > 2 * BLOCK_SIZE)])
+            hits[name].append((logits.argmax(-1) == wanted)[(task == number) & (distance > BRIDGED)])
         if step % every == 0 or step == steps:
             shares = {name: torch.cat(found).float().mean().item() if sum(map(len, found)) else 0.0 for name, found in hits.items()}
             curve.append({"step": step, "tokens": batch[0].shape[1], "loss": loss.item(), "recall": shares})
@@ -256,7 +257,7 @@ def report(output: Path, path: Path) -> str:
         sys.exit(f"--output {output} holds nothing that was measured: name some --kinds")
     settings, seeds = next(iter(training.values()))["settings"], {seed for _, seed in training}
     lengths = settings["lengths"]
-    edges = [0, 2 * BLOCK_SIZE, *(n for n in (BLOCK_SIZE * 8, *lengths) if n > 2 * BLOCK_SIZE)]
+    edges = [0, BLOCK_SIZE, BRIDGED, *(n for n in lengths if n > BRIDGED)]
     bands = list(zip(edges, edges[1:]))
     parts = []
     for task in TASKS:
@@ -280,7 +281,7 @@ def report(output: Path, path: Path) -> str:
         for run, file in training.items()
     ]
     loads = [
-        [named(run, seeds), *(pooled(by[n]["load"][str(items)], 2 * BLOCK_SIZE, n) for items in LOADS)]
+        [named(run, seeds), *(pooled(by[n]["load"][str(items)], BRIDGED, n) for items in LOADS)]
         for run, by in measured.items()
         for n in by
         if "load" in by[n]
@@ -306,13 +307,14 @@ Measured on rows of {" and ".join(f"{n:,}" for n in lengths)} tokens. Tasks (`hf
 - induction: up to {TASKS["induction"].items} pairs of symbols like those of the noise; asked for the first, it gives the second.
 
 Recall is the share of answers that the model holds most likely, by the distance between both places, in per cent, with the standard error
-over items. Guesses within the right symbols: {", ".join(f"{name} {100 / many:.1f} %" for name, many in chance.items())}.
-The near field of the multipole kinds holds {BLOCK_SIZE + 1} to {2 * BLOCK_SIZE} tokens for certain, what is further away is seen in
-summaries only.
+over items, as if one more had been found and one more missed. {seeds_of(seeds)}.
+Guesses within the right symbols: {", ".join(f"{name} {100 / many:.1f} %" for name, many in chance.items())}.
+The near field of the multipole kinds holds {BLOCK_SIZE + 1} to {2 * BLOCK_SIZE} tokens, by the place of the query in its block: up to
+{BLOCK_SIZE} back all of them see what is asked for, from {BRIDGED} on nothing but summaries has any of it.
 
 ## Training
 
-Recall in the last twentieth of training, further away than {2 * BLOCK_SIZE} tokens, on rows of {last:,} tokens:
+Recall in the last twentieth of training, further away than {BRIDGED} tokens, on rows of {last:,} tokens:
 
 {table(["attention", "parameters", "CPU seconds", "loss", *TASKS], runs)}
 
@@ -320,10 +322,14 @@ Recall in the last twentieth of training, further away than {2 * BLOCK_SIZE} tok
 
 ## How much there is to keep
 
-Needles in rows of {lengths[0]:,} tokens that hold nothing else, further away than {2 * BLOCK_SIZE} tokens, by their number:
+Needles in rows of {lengths[0]:,} tokens that hold nothing else, further away than {BRIDGED} tokens, by their number:
 
 {table(["attention", *map(str, LOADS)], loads)}
 """
+
+
+def seeds_of(seeds: set[int]) -> str:
+    return f"Seed {min(seeds)}" if len(seeds) == 1 else f"Seeds {', '.join(map(str, sorted(seeds)))}"
 
 
 def within(settings: dict) -> str:

@@ -179,6 +179,7 @@ def test_benchmark_and_plan(tmp_path):
         ("benchmark.py", ["--tokens", 100, "--lengths", 64], "--tokens 100 is no multiple of --lengths 64"),
         ("benchmark.py", ["--tokens", 64, "--lengths", 64, "--batch", 2], "--tokens and --batch exclude each other"),
         ("cost_plan.py", ["--lengths", 1000, "--devices", 8], "--lengths 1000 cannot be cut into whole blocks of 64 for --devices 8"),
+        ("cost_plan.py", ["--lengths", 4096, "--devices", 3, 8], "--lengths 4096 cannot be cut into whole blocks of 64 for --devices 3"),
         ("cost_plan.py", ["--share-full", 2], "--share-full 2.0 must be at most 1"),
         ("cost_plan.py", ["--measured", "none.json"], "--measured none.json does not exist"),
     ],
