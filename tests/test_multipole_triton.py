@@ -14,6 +14,7 @@ import pytest
 import torch
 from properties import (
     Case,
+    as_without_downsampling,
     assert_within,
     documents_do_not_meet,
     exact_when_keys_are_constant,
@@ -112,6 +113,11 @@ def test_exact_when_the_near_field_covers_the_row():
 
 def test_exact_when_keys_are_constant():
     exact_when_keys_are_constant(multipole_attention, replace(FULL, causal=False), DEVICE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_as_without_downsampling_where_queries_are_constant(causal):
+    as_without_downsampling(multipole_attention, replace(FULL, repeats=1, causal=causal), DEVICE)
 
 
 @pytest.mark.parametrize("causal", [True, False])
