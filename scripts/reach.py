@@ -48,6 +48,8 @@ KINDS = {
     "full attention, ALiBi": Kind(EXACT | UNROTATED, "peer_alibi"),
     "near field only": Kind({"summary": "mean", "far_bias_init": -10000.0}),
     "multipole": Kind({"far_bias_init": 0.0}),
+    # Two tokens in a summary of the first level instead of eight.
+    "multipole, rank 16": Kind({"far_bias_init": 0.0, "rank": 16, "summary": "mean"}),
     "multipole, O(n)": Kind({"far_bias_init": 0.0, "layer_types": ["multipole_linear_attention"] * LAYERS}),
     "multipole, then full attention": Kind({"far_bias_init": 0.0, "layer_types": ["multipole_attention", "full_attention"]}),
     "linear attention": Kind(EXACT, "peer_linear"),
