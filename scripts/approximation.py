@@ -30,7 +30,6 @@ import torch
 from accelerate import Accelerator
 from approximation_report import report
 from benchmark_tensor import machine
-from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -42,7 +41,7 @@ from hf_multipole.modeling.multipole_attention import check_sizes
 from hf_multipole.training.arguments import DataArguments
 from hf_multipole.training.batches import MaskingCollator, collate
 from hf_multipole.training.checkpoints import write_json
-from hf_multipole.training.data import hold_out, load_texts, pack
+from hf_multipole.training.data import hold_out, load_texts, pack, spread
 from hf_multipole.training.evaluation import measure
 from hf_multipole.training.run import BAD_INPUT, fail
 
@@ -86,13 +85,6 @@ def load(o, path: Path):
     else:
         fitting, held_out = pack(tokenizer, training, n), pack(tokenizer, held_out, n)
     return model, causal, tokenizer, spread(held_out, o.tokens // n, "held-out"), spread(fitting, o.fit_tokens // n, "other")
-
-
-def spread(rows: Dataset, count: int, name: str) -> Dataset:
-    """So many rows, evenly spread over all: neighbours are of one file."""
-    if not 0 < count <= len(rows):
-        raise ValueError(f"the text has {len(rows)} {name} rows of {len(rows[0]['input_ids'])} tokens, but {count} were asked for")
-    return rows.select([i * len(rows) // count for i in range(count)])
 
 
 @torch.no_grad()

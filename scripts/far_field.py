@@ -22,7 +22,7 @@ from hf_multipole.modeling.hierarchy import group_count, level_count
 from hf_multipole.training.arguments import DataArguments
 from hf_multipole.training.batches import collate
 from hf_multipole.training.checkpoints import write_json
-from hf_multipole.training.data import load_texts, pack
+from hf_multipole.training.data import load_texts, pack, spread
 from hf_multipole.training.evaluation import measure
 from hf_multipole.training.run import BAD_INPUT, fail
 
@@ -70,10 +70,7 @@ def study(path: str, o) -> dict:
     if not isinstance(model, MultipoleForCausalLM) or not far_fields(model):
         raise ValueError(f"{path} has no far bias to silence: it needs a MultipoleForCausalLM with far_bias_init")
     training, held_out = load_texts(DataArguments(train_folder=o.folder, train_file=o.file, context_length=o.context))
-    rows = pack(AutoTokenizer.from_pretrained(path), training if held_out is None else held_out, o.context)
-    if len(rows) < o.rows:
-        raise ValueError(f"the text has {len(rows)} rows of {o.context} tokens, but --rows is {o.rows}")
-    rows = rows.select([i * len(rows) // o.rows for i in range(o.rows)])
+    rows = spread(pack(AutoTokenizer.from_pretrained(path), training if held_out is None else held_out, o.context), o.rows, "held-out")
     accelerator = Accelerator(cpu=True)
 
     def bits(name: str, **what) -> float:

@@ -52,7 +52,7 @@ def test_script(checkpoint, tmp_path):  # noqa: F811
     (record,) = json.loads((tmp_path / "out" / "far-field.json").read_text())["models"]
     assert "| lost |" in printed and len(record["without_level"]) == 2 and len(record["weights"]) == 2
     assert (tmp_path / "out" / "far-field.md").read_text().strip() in printed
-    assert "--rows is 99" in run("far_field.py", *arguments[:-3], 99, "--output", "other", cwd=tmp_path, fails=True)
+    assert "but 99 were asked for" in run("far_field.py", *arguments[:-3], 99, "--output", "other", cwd=tmp_path, fails=True)
     build(layer_types=["full_attention"]).save_pretrained(tmp_path / "full")
     assert "has no far bias" in run("far_field.py", *["--models", "full", *arguments[2:]], cwd=tmp_path, fails=True)
     assert not (tmp_path / "other").exists()

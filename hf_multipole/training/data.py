@@ -238,6 +238,13 @@ def recut(rows: Dataset, block_length: int) -> Dataset:
     return _dataset(columns)
 
 
+def spread(rows: Dataset, count: int, name: str) -> Dataset:
+    """So many rows, evenly spread over all: neighbours are of one file. name: of the rows, for the ValueError where there are too few."""
+    if not 0 < count <= len(rows):
+        raise ValueError(f"the text has {len(rows)} {name} rows of {len(rows[0]['input_ids'])} tokens, but {count} were asked for")
+    return rows.select([i * len(rows) // count for i in range(count)])
+
+
 def hold_out(rows: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
     """All but the last blocks, and the last ones: that share of them, but at least one."""
     held = max(1, round(len(rows) * percentage / 100))
