@@ -1,8 +1,8 @@
-"""Trains small models of equal size to find again what stood at a distance, one for each kind of attention, and measures how far back
-each one reaches, on rows as long as those of training and longer ones.
+"""Trains small models of equal size to find again what stood at a distance, one for each task and kind of attention, and measures how
+far back each one reaches, on rows as long as those of training and longer ones.
 
     python scripts/reach.py --output runs/reach --report model_cards/reports/reach.md
-    python scripts/reach.py --output runs/reach --kinds multipole --only 1024 4096    # some of it, perhaps beside others
+    python scripts/reach.py --output runs/reach --tasks needle --kinds multipole    # some of it, perhaps beside others
 
 Each model that is trained, and each length that it is measured at, leaves a file in the folder and is not done again; what was
 interrupted starts anew. The report is on all that the folder holds.
@@ -28,7 +28,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
 from hf_multipole.training.checkpoints import write_json
-from hf_multipole.training.recall import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw
+from hf_multipole.training.recall import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw, item_counts
 from hf_multipole.training.report import plot_reach
 
 BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
@@ -92,14 +92,31 @@ def new_model(kind: str, settings: dict) -> MultipoleForCausalLM:
     return build(kind, 1 + round(missing / (3 * LAYERS * hidden_size)))
 
 
-def answers(model, ids: torch.Tensor, asked: torch.Tensor, task: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The logits of the answers ``(answers, vocabulary)``, the answers, their distances and their tasks."""
+def answers(model, ids: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The logits of the answers ``(answers, vocabulary)``, the answers and their distances."""
     there = asked[:, 1:] > 0
     hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
-    return model.lm_head(hidden[there]), *(x[:, 1:][there] for x in (ids, asked, task))
+    return model.lm_head(hidden[there]), *(x[:, 1:][there] for x in (ids, asked))
 
 
 # One run
+
+
+class Run(NamedTuple):
+    task: str
+    kind: str
+    seed: int
+
+    def __str__(self):
+        return f"{self.task}, {self.kind}, seed {self.seed}"
+
+    def folder(self, output: Path) -> Path:
+        return output / f"{self.task}-{self.kind.replace(',', '').replace(' ', '-')}-{self.seed}"
+
+
+def rows_of(task: str, count: int, n: int, generator: torch.Generator, items: int | None = None, measured: bool = False):
+    """Rows of one task, with as many items as rows of this length have, and the distances of their answers, as from :func:`draw`."""
+    return draw(count, n, generator, {task: item_counts(n)[task] if items is None else items}, measured)[:2]
 
 
 def stages(settings: dict) -> list[tuple[int, int]]:
@@ -107,67 +124,62 @@ def stages(settings: dict) -> list[tuple[int, int]]:
     return list(zip(settings["train_lengths"], settings["steps"]))
 
 
-def examples(settings: dict, seed: int):
+def examples(task: str, seed: int, settings: dict):
     """Batches, the same for every kind: as many tokens in each."""
     generator = torch.Generator().manual_seed(seed)
     for n, steps in stages(settings):
         count = max(1, settings["batch_tokens"] // n)
         for start in range(0, steps, POOL):
-            drawn = draw(POOL * count, n, generator)
+            drawn = rows_of(task, POOL * count, n, generator)
             yield from itertools.islice(zip(*(x.split(count) for x in drawn)), steps - start)
 
 
-def train(kind: str, seed: int, settings: dict) -> tuple[MultipoleForCausalLM, dict]:
+def train(run: Run, settings: dict) -> tuple[MultipoleForCausalLM, dict]:
     """The trained model; parameters, seconds of processor time, and a curve of the recall beyond all near fields on rows of training."""
-    set_seed(seed)
+    set_seed(run.seed)
     accelerator = Accelerator()
-    model = new_model(kind, settings)
+    model = new_model(run.kind, settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
     steps = sum(settings["steps"])
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, min(100, steps // 4), steps, min_lr_rate=0.05)
     model, optimizer = accelerator.prepare(model, optimizer)
-    every, curve, hits = max(1, steps // POINTS), [], {name: [] for name in TASKS}
+    every, curve, hits = max(1, steps // POINTS), [], []
     start = time.process_time()
-    bar = tqdm(examples(settings, seed), f"{kind}, seed {seed}", steps, mininterval=1)
+    bar = tqdm(examples(run.task, run.seed, settings), str(run), steps, mininterval=1)
     for step, batch in enumerate(bar, 1):
-        logits, wanted, distance, task = answers(model, *(x.to(accelerator.device) for x in batch))
-        losses = F.cross_entropy(logits, wanted, reduction="none")
-        # Tasks count alike, however many answers they have.
-        loss = torch.stack([losses[task == number].mean() for number in task.unique()]).mean()
+        logits, wanted, distance = answers(model, *(x.to(accelerator.device) for x in batch))
+        loss = F.cross_entropy(logits, wanted)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        for number, name in enumerate(TASKS):
-            hits[name].append((logits.argmax(-1) == wanted)[(task == number) & (distance > BRIDGED)])
+        hits.append((logits.argmax(-1) == wanted)[distance > BRIDGED])
         if step % every == 0 or step == steps:
-            shares = {name: torch.cat(found).float().mean().item() if sum(map(len, found)) else 0.0 for name, found in hits.items()}
-            curve.append({"step": step, "tokens": batch[0].shape[1], "loss": loss.item(), "recall": shares})
-            bar.set_postfix(loss=f"{loss.item():.3f}", **{name: f"{share:.3f}" for name, share in shares.items()})
-            hits = {name: [] for name in TASKS}
+            share = torch.cat(hits).float().mean().item() if sum(map(len, hits)) else 0.0
+            curve.append({"step": step, "tokens": batch[0].shape[1], "loss": loss.item(), "recall": share})
+            bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{share:.3f}")
+            hits = []
     figures = {"parameters": model.num_parameters(), "seconds": time.process_time() - start, "curve": curve}
     return accelerator.unwrap_model(model), figures
 
 
 @torch.no_grad()
-def recall(model, n: int, rows: int, items: dict[str, int] | None = None) -> dict[str, list[dict]]:
-    """Of each task, for each ``distance``: the share of answers that the model holds most likely, ``recall``, its standard ``error``
+def recall(model, task: str, n: int, rows: int, items: int | None = None) -> list[dict]:
+    """For each ``distance``: the share of answers that the model holds most likely, ``recall``, its standard ``error``
     over items (those of one passage are not independent), and how many ``items`` were asked for.
     """
     model.eval()
     device = next(model.parameters()).device
-    found = {name: {distance: [] for distance in distances(name, n)} for name in TASKS}
-    drawn = draw(rows, n, torch.Generator().manual_seed(2**31), items, measured=True)
+    found, size = {distance: [] for distance in distances(task, n)}, TASKS[task].asked - 1
+    drawn = rows_of(task, rows, n, torch.Generator().manual_seed(2**31), items, measured=True)
     for row in tqdm(zip(*(x.split(1) for x in drawn)), f"{n} tokens", rows, mininterval=1, leave=False):
-        logits, wanted, distance, task = (x.cpu() for x in answers(model, *(x.to(device) for x in row)))
+        logits, wanted, distance = (x.cpu() for x in answers(model, *(x.to(device) for x in row)))
         hits = (logits.argmax(-1) == wanted).double()
-        for number, (name, sizes) in enumerate(TASKS.items()):
-            # The answers to an item stand side by side.
-            own, size = task == number, sizes.asked - 1
-            for at, share in zip(distance[own].view(-1, size)[:, 0].tolist(), hits[own].view(-1, size).mean(1).tolist()):
-                found[name][at].append(share)
-    return {name: [point(at, shares) for at, shares in of_task.items() if shares] for name, of_task in found.items()}
+        # The answers to an item stand side by side.
+        for at, share in zip(distance.view(-1, size)[:, 0].tolist(), hits.view(-1, size).mean(1).tolist()):
+            found[at].append(share)
+    return [point(at, shares) for at, shares in found.items() if shares]
 
 
 def point(distance: int, shares: list[float]) -> dict:
@@ -180,54 +192,51 @@ def error(shares: list[float]) -> float:
     return statistics.pstdev(shares) / math.sqrt(len(shares))
 
 
-def measure(model, n: int, settings: dict) -> dict:
-    """Recall at a length, and at the shortest one, how it depends on how much there is to keep."""
+def measure(model, task: str, n: int, settings: dict) -> dict:
+    """Recall at a length, and of needles at the shortest one, how it depends on how much there is to keep."""
     start = time.process_time()
     rows = settings["rows"][settings["lengths"].index(n)]
-    figures = {"rows": rows, "recall": recall(model, n, rows)}
-    if n == settings["lengths"][0]:
-        figures["load"] = {str(items): recall(model, n, rows, {"needle": items})["needle"] for items in LOADS}
+    figures = {"rows": rows, "recall": recall(model, task, n, rows)}
+    if task == "needle" and n == settings["lengths"][0]:
+        figures["load"] = {str(items): recall(model, task, n, rows, items) for items in LOADS}
     return figures | {"seconds": time.process_time() - start}
 
 
-def folder_of(output: Path, kind: str, seed: int) -> Path:
-    return output / f"{kind.replace(',', '').replace(' ', '-')}-{seed}"
-
-
-def study(folder: Path, kind: str, seed: int, lengths: list[int], settings: dict) -> None:
+def study(run: Run, folder: Path, lengths: list[int], settings: dict) -> None:
     """Trains and measures what the folder does not hold. The JSON files are written last: weights without one are not whole."""
     trained, weights, measured = folder / "training.json", folder / "weights.pt", {n: folder / f"recall-{n}.json" for n in lengths}
     for path in (trained, *measured.values()):
         if path.is_file() and json.loads(path.read_text())["settings"] != settings:
             sys.exit(f"{path} was made with other settings; name another --output")
-    about = {"kind": kind, "seed": seed, "settings": settings}
+    about = run._asdict() | {"settings": settings}
     folder.mkdir(parents=True, exist_ok=True)
     if not trained.is_file():
-        model, figures = train(kind, seed, settings)
+        model, figures = train(run, settings)
         torch.save(model.state_dict(), weights)
         write_json(trained, about | figures)
     missing = {n: path for n, path in measured.items() if not path.is_file()}
     if missing:
-        model = new_model(kind, settings)
+        model = new_model(run.kind, settings)
         model.load_state_dict(torch.load(weights, map_location="cpu"))
         model = model.to(Accelerator().device)
         for n, path in missing.items():
-            write_json(path, about | {"tokens": n} | measure(model, n, settings))
-            print(f"{kind}, seed {seed}: measured at {n} tokens", flush=True)
+            write_json(path, about | {"tokens": n} | measure(model, run.task, n, settings))
+            print(f"{run}: measured at {n} tokens", flush=True)
 
 
 # The report
 
 
-def results(output: Path) -> tuple[dict[tuple[str, int], dict], dict[tuple[str, int], dict[int, dict]]]:
-    """Training, and what was measured by length, of each kind and seed in the order of KINDS."""
+def results(output: Path) -> tuple[dict[Run, dict], dict[Run, dict[int, dict]]]:
+    """Training, and what was measured by length, of each run in the order of TASKS and KINDS."""
     read = [json.loads(path.read_text()) for path in sorted(output.glob("*/*.json"))]
-    read.sort(key=lambda file: (list(KINDS).index(file["kind"]), file["seed"], file.get("tokens", 0)))
+    order = list(TASKS), list(KINDS)
+    read.sort(key=lambda x: (order[0].index(x["task"]), order[1].index(x["kind"]), x["seed"], x.get("tokens", 0)))
     if any(file["settings"] != read[0]["settings"] for file in read):
         sys.exit(f"the runs in {output} were made with different settings: report them from folders of their own")
     training, measured = {}, {}
     for file in read:
-        run = file["kind"], file["seed"]
+        run = Run(*(file[name] for name in Run._fields))
         if "tokens" in file:
             measured.setdefault(run, {})[file["tokens"]] = file
         else:
@@ -249,22 +258,23 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
 
 
-def named(run: tuple[str, int], seeds: set[int]) -> str:
-    return run[0] if len(seeds) == 1 else f"{run[0]}, seed {run[1]}"
+def named(run: Run, seeds: set[int]) -> str:
+    return run.kind if len(seeds) == 1 else f"{run.kind}, seed {run.seed}"
 
 
 def report(output: Path, path: Path) -> str:
     training, measured = results(output)
     if not measured:
         sys.exit(f"--output {output} holds nothing that was measured: name some --kinds")
-    settings, seeds = next(iter(training.values()))["settings"], {seed for _, seed in training}
+    settings, seeds = next(iter(training.values()))["settings"], {run.seed for run in training}
     lengths = settings["lengths"]
     edges = [0, BLOCK_SIZE, BRIDGED, *(n for n in lengths if n > BRIDGED)]
     bands = list(zip(edges, edges[1:]))
     parts = []
-    for task in TASKS:
+    tasks = [task for task in TASKS if any(run.task == task for run in measured)]
+    for task in tasks:
         picture = Path("images") / f"{path.stem}-{task}.png"
-        probes = {named(run, seeds): {str(n): file["recall"][task] for n, file in by.items()} for run, by in measured.items()}
+        probes = {named(run, seeds): {str(n): file["recall"] for n, file in by.items()} for run, by in measured.items() if run.task == task}
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
         plot_reach(probes, path.parent / picture)
         rows = [
@@ -274,11 +284,12 @@ def report(output: Path, path: Path) -> str:
         parts.append(f"## {task.capitalize()}\n\n{table(head, rows)}\n\n![{task}]({picture.as_posix()})")
     runs = [
         [
+            run.task,
             named(run, seeds),
             f"{file['parameters']:,}",
             f"{file['seconds']:,.0f}",
             f"{file['curve'][-1]['loss']:.2f}",
-            *(f"{100 * file['curve'][-1]['recall'][task]:.0f}" for task in TASKS),
+            f"{100 * file['curve'][-1]['recall']:.0f}",
         ]
         for run, file in training.items()
     ]
@@ -288,20 +299,27 @@ def report(output: Path, path: Path) -> str:
         for n in by
         if "load" in by[n]
     ]
+    keeping = f"""## How much there is to keep
+
+Needles in rows of {lengths[0]:,} tokens, further away than {BRIDGED} tokens, by their number:
+
+{table(["attention", *map(str, LOADS)], loads)}
+"""
     done = {run for run, by in measured.items() if set(lengths) <= set(by)}
-    missing = [kind for kind in KINDS if kind not in {kind for kind, _ in done}]
+    have = {(run.task, run.kind) for run in done}
+    missing = [f"{kind} ({task})" for task in TASKS for kind in KINDS if (task, kind) not in have]
     partial = f"\n**Partial:** not, or not at all lengths, measured yet: {'; '.join(missing)}.\n" if missing else ""
     chance = {"needle": VALUES, "copy": PASSAGE, "induction": NOISE}
     last = settings["train_lengths"][-1]
     return f"""# Reach: what small models find again, and how far back
 
 ```bash
-{command(output, path, settings)}
+{command(output, path, settings, tasks)}
 ```
 {partial}
 Models of {LAYERS} layers, width {settings["hidden_size"]}, {settings["heads"]} heads, as many parameters in each (the MLP takes up the
 difference), block size {BLOCK_SIZE}, rank {RANK}; the far bias starts at 0. Trained on rows of {within(settings)} tokens, in this order,
-{settings["batch_tokens"]:,} tokens a step, the same rows for every kind, all tasks in each row; the loss is on the answers alone.
+{settings["batch_tokens"]:,} tokens a step, each task by a model of its own, the same rows for every kind; the loss is on the answers alone.
 Measured on rows of {" and ".join(f"{n:,}" for n in lengths)} tokens. Tasks (`hf_multipole/training/recall.py`):
 
 - needle: up to {TASKS["needle"].items} tokens in a row hold a key and a value each; asked for a key, the model gives the value;
@@ -318,16 +336,11 @@ The near field of the multipole kinds holds {BLOCK_SIZE + 1} to {2 * BLOCK_SIZE}
 
 Recall in the last twentieth of training, further away than {BRIDGED} tokens, on rows of {last:,} tokens:
 
-{table(["attention", "parameters", "CPU seconds", "loss", *TASKS], runs)}
+{table(["task", "attention", "parameters", "CPU seconds", "loss", "recall"], runs)}
 
 {(chr(10) * 2).join(parts)}
 
-## How much there is to keep
-
-Needles in rows of {lengths[0]:,} tokens that hold nothing else, further away than {BRIDGED} tokens, by their number:
-
-{table(["attention", *map(str, LOADS)], loads)}
-"""
+{keeping if loads else ""}"""
 
 
 def seeds_of(seeds: set[int]) -> str:
@@ -348,6 +361,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--report", type=Path, help="Markdown file to write, with pictures under images/ beside it")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of attention; none to write the report alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--train-lengths", type=int, nargs="+", default=[128, 512, 1024], help="tokens of a row, short rows first")
@@ -383,9 +397,10 @@ def parse(arguments):
     return o
 
 
-def command(output: Path, path: Path, settings: dict) -> str:
+def command(output: Path, path: Path, settings: dict, tasks: list[str]) -> str:
     """The command line of these runs and of this report."""
     parts = ["python", "scripts/reach.py", "--output", str(output)]
+    parts += ["--tasks", *tasks] if tasks != list(TASKS) else []
     for name, value in settings.items():
         if value != parser().get_default(name):
             parts += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
@@ -396,8 +411,9 @@ def main(arguments) -> None:
     o = parse(arguments)
     settings = {name: getattr(o, name) for name in SETTINGS}
     peers.register()
-    for seed, kind in itertools.product(o.seeds, o.kinds):
-        study(folder_of(o.output, kind, seed), kind, seed, o.only, settings)
+    for seed, task, kind in itertools.product(o.seeds, o.tasks, o.kinds):
+        run = Run(task, kind, seed)
+        study(run, run.folder(o.output), o.only, settings)
     if o.report is not None:
         o.report.parent.mkdir(parents=True, exist_ok=True)
         o.report.write_text(report(o.output, o.report))
