@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from tiny_models import (
+    AUTO_CLASSES,
     BLOCK,
     CLOSE,
     EXACT,
@@ -20,11 +21,7 @@ from tiny_models import (
     tokens,
 )
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
 )
 from transformers.modeling_utils import AttentionInterface
 
@@ -37,13 +34,6 @@ from hf_multipole import (
 )
 from hf_multipole.reference import multipole_attention_reference
 
-AUTO_CLASSES = {
-    AutoModel: MultipoleModel,
-    AutoModelForCausalLM: MultipoleForCausalLM,
-    AutoModelForMaskedLM: MultipoleForMaskedLM,
-    AutoModelForSequenceClassification: MultipoleForSequenceClassification,
-    AutoModelForTokenClassification: MultipoleForTokenClassification,
-}
 # Rotary angles are float32, as everywhere in Transformers.
 SHIFTED = {"atol": 1e-5, "rtol": 1e-5}
 

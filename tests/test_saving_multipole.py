@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import load_file, save_file
 from tiny_models import (
+    AUTO_CLASSES,
     BLOCK,
     CLOSE,
     HYBRID,
@@ -34,20 +35,11 @@ from transformers import (
 from hf_multipole import (
     MultipoleForCausalLM,
     MultipoleForMaskedLM,
-    MultipoleForSequenceClassification,
     MultipoleForTokenClassification,
     MultipoleModel,
 )
 from hf_multipole.modeling.modeling_multipole import MultipoleAttention
 from hf_multipole.modeling.summaries import HierarchicalSummary, MeanSummary
-
-AUTO_CLASSES = {
-    AutoModel: MultipoleModel,
-    AutoModelForCausalLM: MultipoleForCausalLM,
-    AutoModelForMaskedLM: MultipoleForMaskedLM,
-    AutoModelForSequenceClassification: MultipoleForSequenceClassification,
-    AutoModelForTokenClassification: MultipoleForTokenClassification,
-}
 
 
 @pytest.fixture

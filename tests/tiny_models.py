@@ -5,12 +5,33 @@ of 8 have three levels of groups, the last group of each ragged.
 """
 
 import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from hf_multipole import MultipoleConfig, MultipoleForCausalLM
+from hf_multipole import (
+    MultipoleConfig,
+    MultipoleForCausalLM,
+    MultipoleForMaskedLM,
+    MultipoleForSequenceClassification,
+    MultipoleForTokenClassification,
+    MultipoleModel,
+)
 
 BLOCK, RANK, VOCABULARY, TOKENS = 8, 2, 50, 75
 EXACT = 2 * BLOCK  # up to here, multipole attention is exact attention
 HYBRID = ["multipole_attention", "full_attention", "multipole_attention"]
+AUTO_CLASSES = {
+    AutoModel: MultipoleModel,
+    AutoModelForCausalLM: MultipoleForCausalLM,
+    AutoModelForMaskedLM: MultipoleForMaskedLM,
+    AutoModelForSequenceClassification: MultipoleForSequenceClassification,
+    AutoModelForTokenClassification: MultipoleForTokenClassification,
+}
 # Same operations on the same numbers, in another order of summation.
 CLOSE = {"atol": 1e-11, "rtol": 1e-9}
 
