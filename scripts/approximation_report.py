@@ -8,6 +8,8 @@ from pathlib import Path
 
 import attention_baselines as other
 
+from hf_multipole.training.report import write_figures
+
 # Ways that have a block size and a rank.
 MULTIPOLE = ["means", "means, O(n)", "exact weights", "far bias learned", "summaries learned", "summaries learned, O(n)"]
 
@@ -199,19 +201,16 @@ def draw(o, records: list[dict], folder: Path) -> dict[str, str]:
     return captions | {"where the error sits: by the far weight of a head, and by position": f"{o.report.stem}-where.png"}
 
 
-OPENING = "# How far multipole attention is from exact attention\n\n"
+TITLE = "How far multipole attention is from exact attention"
 
 
 def report(o, records: list[dict]) -> None:
-    """Writes what was measured below the heading "Figures"; what someone wrote above it stays."""
-    before = o.report.read_text().split("## Figures\n")[0] if o.report.is_file() else OPENING
     folder = o.report.parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(o, records, folder) if find_spec("matplotlib") else {}
     shown = "\n\n".join(f"![{caption}](images/{name})" for caption, name in pictures.items())
     learned = ", ".join(f"{m} / {p}" for m, p in o.learned)
-    text = f"""{before}## Figures
-
+    figures = f"""
 ```bash
 python scripts/approximation.py {shlex.join(sys.argv[1:])}
 ```
@@ -225,5 +224,4 @@ summaries included, over the 2 * head_dim of a token; not included: the pseudo-i
 {shown}
 
 {chr(10).join(section(o, record) for record in records)}"""
-    o.report.parent.mkdir(parents=True, exist_ok=True)
-    o.report.write_text(text)
+    write_figures(o.report, TITLE, figures)

@@ -5,7 +5,7 @@ far back each one reaches, on rows as long as those of training and longer ones.
     python scripts/reach.py --output runs/reach --tasks needle --kinds multipole    # some of it, perhaps beside others
 
 Each model that is trained, and each length that it is measured at, leaves a file in the folder and is not done again; what was
-interrupted starts anew. The report is on all that the folder holds.
+interrupted starts anew. The report is on all that the folder holds; what stands in it above the heading "Figures" is left as it is.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.recall import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw, item_counts
-from hf_multipole.training.report import plot_reach
+from hf_multipole.training.report import plot_reach, write_figures
 
 BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
 BRIDGED = 2 * BLOCK_SIZE * LAYERS  # tokens: further than near fields reach, one on top of the other
@@ -281,7 +281,7 @@ def report(output: Path, path: Path) -> str:
             [name, f"{int(n):,}", *(pooled(points, *band) for band in bands)] for name, by in probes.items() for n, points in by.items()
         ]
         head = ["attention", "row", *(f"{low + 1:,} to {high:,}" for low, high in bands)]
-        parts.append(f"## {task.capitalize()}\n\n{table(head, rows)}\n\n![{task}]({picture.as_posix()})")
+        parts.append(f"### {task.capitalize()}\n\n{table(head, rows)}\n\n![{task}]({picture.as_posix()})")
     runs = [
         [
             run.task,
@@ -299,7 +299,7 @@ def report(output: Path, path: Path) -> str:
         for n in by
         if "load" in by[n]
     ]
-    keeping = f"""## How much there is to keep
+    keeping = f"""### How much there is to keep
 
 Needles in rows of {lengths[0]:,} tokens, further away than {BRIDGED} tokens, by their number:
 
@@ -311,8 +311,7 @@ Needles in rows of {lengths[0]:,} tokens, further away than {BRIDGED} tokens, by
     partial = f"\n**Partial:** not, or not at all lengths, measured yet: {'; '.join(missing)}.\n" if missing else ""
     chance = {"needle": VALUES, "copy": PASSAGE, "induction": NOISE}
     last = settings["train_lengths"][-1]
-    return f"""# Reach: what small models find again, and how far back
-
+    return f"""
 ```bash
 {command(output, path, settings, tasks)}
 ```
@@ -332,7 +331,7 @@ Guesses within the right symbols: {", ".join(f"{name} {100 / many:.1f} %" for na
 The near field of the multipole kinds holds {BLOCK_SIZE + 1} to {2 * BLOCK_SIZE} tokens, by the place of the query in its block: up to
 {BLOCK_SIZE} back all of them see what is asked for, from {BRIDGED} on nothing but summaries has any of it.
 
-## Training
+### Training
 
 Recall in the last twentieth of training, further away than {BRIDGED} tokens, on rows of {last:,} tokens:
 
@@ -415,8 +414,7 @@ def main(arguments) -> None:
         run = Run(task, kind, seed)
         study(run, run.folder(o.output), o.only, settings)
     if o.report is not None:
-        o.report.parent.mkdir(parents=True, exist_ok=True)
-        o.report.write_text(report(o.output, o.report))
+        write_figures(o.report, "Reach: what small models find again, and how far back", report(o.output, o.report))
         print(f"wrote {o.report}")
 
 

@@ -186,6 +186,13 @@ LIMITS = (
 )
 
 
+def write_figures(path: Path, title: str, figures: str) -> None:
+    """A report: what was measured, below the heading "Figures"; what someone wrote above it stays."""
+    before = path.read_text().split("## Figures\n")[0] if path.is_file() else f"# {title}\n\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}## Figures\n{figures}")
+
+
 def planned(configuration: Path) -> dict:
     """What :func:`write_card` takes, for a configuration that nobody has run yet."""
     values = yaml.safe_load(configuration.read_text())
