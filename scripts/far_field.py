@@ -41,7 +41,6 @@ def silenced(model, layer: int | None = None, level: int | None = None):
     biases = [x.far_bias for i, x in far_fields(model).items() if layer in (None, i)]
     before = [bias.detach().clone() for bias in biases]
     for bias in biases:
-        # The last bias is that of all further levels, too.
         bias.data[:, slice(None) if level is None else level - 1] = SILENT
     try:
         yield
@@ -69,6 +68,10 @@ def study(path: str, o) -> dict:
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="multipole").eval()
     if not isinstance(model, MultipoleForCausalLM) or not far_fields(model):
         raise ValueError(f"{path} has no far bias to silence: it needs a MultipoleForCausalLM with far_bias_init")
+    levels = level_count(o.context, model.config.block_size)
+    most = min(x.far_bias.shape[1] for x in far_fields(model).values())
+    if not 0 < levels <= most:
+        raise ValueError(f"--context {o.context} has {levels} far levels, but the far biases of {path} are of levels 1 to {most}")
     training, held_out = load_texts(DataArguments(train_folder=o.folder, train_file=o.file, context_length=o.context))
     rows = spread(pack(AutoTokenizer.from_pretrained(path), training if held_out is None else held_out, o.context), o.rows, "held-out")
     accelerator = Accelerator(cpu=True)
@@ -79,7 +82,6 @@ def study(path: str, o) -> dict:
 
     whole = measure(model, rows, collate, accelerator, 1, True, "whole")["bits_per_byte"]
     found = weights(model, rows.select(range(min(4, o.rows))))
-    levels = len(next(iter(found.values())))
     return {
         "model": path,
         "bits_per_byte": whole,

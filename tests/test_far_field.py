@@ -53,6 +53,9 @@ def test_script(checkpoint, tmp_path):  # noqa: F811
     assert "| lost |" in printed and len(record["without_level"]) == 2 and len(record["weights"]) == 2
     assert (tmp_path / "out" / "far-field.md").read_text().strip() in printed
     assert "but 99 were asked for" in run("far_field.py", *arguments[:-3], 99, "--output", "other", cwd=tmp_path, fails=True)
+    for context in (16, 1024):  # no far level, and more of them than a model for 256 tokens has biases for
+        short = [context if x == 64 else x for x in arguments]
+        assert f"--context {context} has" in run("far_field.py", *short[:-2], "--output", "other", cwd=tmp_path, fails=True)
     build(layer_types=["full_attention"]).save_pretrained(tmp_path / "full")
     assert "has no far bias" in run("far_field.py", *["--models", "full", *arguments[2:]], cwd=tmp_path, fails=True)
     assert not (tmp_path / "other").exists()
