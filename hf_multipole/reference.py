@@ -30,9 +30,12 @@ def effective_weights(summary, head: int, level: int, block_size: int, rank: int
         linear = summary.tokens[head].double()
         share = shares(linear)
         merge = summary.merge[head].double()  # (rank, 2 * rank, dim)
-        merge_share = shares(merge)
-        for _ in range(level - 1):
-            halves = merge[:, :rank], merge[:, rank:]
+        merge_share, enlarged = shares(merge), merge.abs().sum(1, keepdim=True)
+        for merged in range(2, level + 1):
+            # Levels that a row of max_length does not have: nothing is enlarged.
+            untrained = summary.max_length is not None and summary.max_length <= 2 * block_size * 2 ** (merged - 1)
+            used = torch.where(untrained & (enlarged > 1), merge / enlarged, merge)
+            halves = used[:, :rank], used[:, rank:]
             linear = torch.cat([torch.einsum("rsc,stc->rtc", half, linear) for half in halves], 1)
             halves = merge_share[:, :rank], merge_share[:, rank:]
             share = torch.cat([torch.einsum("rsc,stc->rtc", half, share) for half in halves], 1)

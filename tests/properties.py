@@ -164,8 +164,9 @@ def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | No
     for name, width, own in parts:
         if case.summary != "mean":
             kind = {"direct": DirectSummary, "hierarchical": HierarchicalSummary}[case.summary]
-            lengths = (case.n,) if case.summary == "direct" else ()
-            options[name] = kind(case.block_size, case.rank, own, width, *lengths).to(device, of_weights(dtype))
+            # Hierarchical ones have levels that training had and levels that it had not.
+            length = case.n if case.summary == "direct" else case.n // 3
+            options[name] = kind(case.block_size, case.rank, own, width, length).to(device, of_weights(dtype))
             for parameter, weight in options[name].named_parameters():
                 with torch.no_grad():
                     weight.copy_(leaf(weight.detach().double().cpu() + 0.3 * normal(*weight.shape), of_weights))

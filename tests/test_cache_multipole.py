@@ -17,7 +17,7 @@ from hf_multipole import MultipoleCache
 from hf_multipole.modeling.state_multipole import MultipoleState
 
 KINDS = [{"summary": "hierarchical"}, {"summary": "mean"}, {"summary": "direct"}, {"rotate_summaries": True}]
-KINDS += [{"summary": "direct", "rotate_summaries": True}]
+KINDS += [{"summary": "direct", "rotate_summaries": True}, {"max_position_embeddings": 4 * BLOCK}]
 KINDS += [{"layer_types": ["multipole_linear_attention"] * 2, "summary": kind} for kind in ("hierarchical", "direct")]
 FULL_FIRST = HYBRID[1:]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from hf_multipole import (
     MultipoleForTokenClassification,
     MultipoleModel,
 )
+from hf_multipole.modeling.far_field import FarField
 from hf_multipole.reference import multipole_attention_reference
 
 # Rotary angles are float32, as everywhere in Transformers.
@@ -75,7 +77,7 @@ def reference_of(call, causal=True, **options):
         far_keys=kwargs.get("far_keys"),
         causal=causal,
         size_weighting=config.size_weighting,
-        far_bias=module.far_field.far_bias,
+        far_bias=module.far_field(query),
         return_weights=True,
         **options,
     )
@@ -625,11 +627,33 @@ def test_direct_summaries_have_a_greatest_length():
         model(tokens(n=65))
 
 
-def test_hierarchical_summaries_have_none():
-    """Rows far longer than max_position_embeddings, whose levels share the last column of the far bias."""
+def test_rows_longer_than_those_of_training(spy):
+    """Hierarchical summaries have no limit. Levels that training never had take over its last bias, count for no more tokens than its
+    last level, and their merge enlarges nothing: far longer rows, and generation on them, stay as they were.
+    """
     model = build(max_position_embeddings=64)
-    assert model.model.layers[0].self_attn.far_field.far_bias.shape[1] < 6
+    with torch.no_grad():
+        for layer in model.model.layers:
+            far_field = layer.self_attn.far_field
+            for summary in far_field.summaries:
+                summary.merge.mul_(2)
+            bias = far_field.far_bias
+            assert bias.shape == (4, 2)
+            expected = [bias[:, min(level, 2) - 1] - math.log(2) * max(0, level - 2) for level in range(1, 12)]
+            torch.testing.assert_close(far_field(bias)[:, :11], torch.stack(expected, 1), **CLOSE)
     ids = tokens(n=600)
-    assert model(ids).logits.isfinite().all()
+    calls = spy("multipole")
+    output = model(ids, output_attentions=True)
+    for call, weights in zip(calls, output.attentions):
+        torch.testing.assert_close(weights, reference_of(call)[1], **CLOSE)
     out = model(ids[:, :599], use_cache=True)
-    torch.testing.assert_close(model(ids[:, 599:], past_key_values=out.past_key_values).logits, model(ids).logits[:, 599:], **CLOSE)
+    torch.testing.assert_close(model(ids[:, 599:], past_key_values=out.past_key_values).logits, output.logits[:, 599:], **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{"size_weighting": False}, {"length": None}])
+def test_a_far_bias_that_serves_all_further_levels(options):
+    """Without weighting by size levels do not gain weight by it, and where no length is known all of them are trained."""
+    length = options.pop("length", 64)
+    options = {"far_bias_init": -1.0, "block_size": BLOCK, "rank": RANK, "summary": "mean", "size_weighting": True} | options
+    far_field = FarField(options, 4, 2, 8, length)
+    assert far_field(far_field.far_bias) is far_field.far_bias

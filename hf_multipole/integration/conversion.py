@@ -158,7 +158,7 @@ def _give_part(module: nn.Module) -> None:
                 f"summary='direct' needs config.max_position_embeddings, which {type(config).__name__} has not; use 'hierarchical'"
             )
         queries = options["downsample_queries"] and not getattr(module, "is_causal", True)
-        part = FarField(options, heads, kv_heads, head_dim, length or 1, queries)
+        part = FarField(options, heads, kv_heads, head_dim, length, queries)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     setattr(module, KINDS[kind], part.to(like.device, like.dtype))
 

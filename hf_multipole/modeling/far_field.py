@@ -1,11 +1,15 @@
 """What an attention layer learns about the far field: summaries of groups, and a bias of their logits."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
 from .hierarchy import level_count
-from .summaries import DirectSummary, HierarchicalSummary, MeanSummary
+from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
+
+_MOST = 40  # levels: no row has more
 
 
 class LearnedPart(nn.Module):
@@ -27,13 +31,17 @@ class LearnedPart(nn.Module):
 class FarField(LearnedPart):
     """The learned parts of a layer, the attribute ``far_field`` of its attention module.
 
-    options: as from :func:`attention_options`. max_length: tokens that direct summaries are made for, and that the levels of the far
-    bias are counted from (the last one serves all further levels). queries: whether queries are summarised, too (bidirectional O(n)).
+    options: as from :func:`attention_options`. max_length: tokens of the rows that it is trained on, which direct summaries cannot
+    exceed; None where that is not known. queries: whether queries are summarised, too (bidirectional O(n)).
+
+    On longer rows, the levels that training never had must not drown what it had: they take over the bias of the last one and count
+    for no more tokens than it, and the merge of hierarchical summaries enlarges nothing there.
     """
 
-    def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int, queries: bool = False):
+    def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int | None, queries: bool = False):
         super().__init__()
         self.far_bias_init = options["far_bias_init"]
+        self.falls = options["size_weighting"] and max_length is not None
         block_size, rank = options["block_size"], options["rank"]
 
         def summary(heads: int) -> nn.Module:
@@ -41,13 +49,13 @@ class FarField(LearnedPart):
                 return MeanSummary(block_size, rank)
             if options["summary"] == "direct":
                 return DirectSummary(block_size, rank, heads, head_dim, max_length)
-            return HierarchicalSummary(block_size, rank, heads, head_dim)
+            return HierarchicalSummary(block_size, rank, heads, head_dim, max_length)
 
         self.key_summary, self.value_summary = summary(kv_heads), summary(kv_heads)
         self.query_summary = summary(heads) if queries else None
         self.far_bias = None
         if self.far_bias_init is not None:
-            self.far_bias = nn.Parameter(torch.empty(heads, max(1, level_count(max_length, block_size))))
+            self.far_bias = nn.Parameter(torch.empty(heads, max(1, level_count(max_length or 1, block_size))))
         self.reset_parameters()
 
     @property
@@ -65,7 +73,12 @@ class FarField(LearnedPart):
 
     def forward(self, query: torch.Tensor) -> torch.Tensor | None:
         """The bias ``(heads, levels)`` of the far logits, or None. By a call, for that is when offloaded parameters are fetched."""
-        return self.far_bias
+        if self.far_bias is None or not self.falls:
+            return self.far_bias
+        bias = self.far_bias.to(compute_dtype(self.far_bias.dtype))
+        # Each further level counts twice as many tokens.
+        doublings = torch.arange(1, _MOST + 1 - bias.shape[1], device=bias.device, dtype=bias.dtype)
+        return torch.cat([bias, bias[:, -1:] - math.log(2) * doublings], 1)
 
     def keep_in_graph(self, out: torch.Tensor, levels: int) -> torch.Tensor:
         """The output, with zero times the parameters that rows of so few ``levels`` do not use: all processes of a parallel training
