@@ -37,6 +37,7 @@ def parse():
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset-name")
     source.add_argument("--file", nargs="+", help="text, JSON, CSV or Parquet files")
+    source.add_argument("--folder", help="Python source text, or stdlib: the files that training with --train_folder holds out")
     parser.add_argument("--dataset-config-name")
     parser.add_argument("--split", help="test for a dataset, all of the files")
     parser.add_argument("--text-column", default="text")
@@ -69,6 +70,7 @@ def prepare(args):
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_file=args.file,
+        train_folder=args.folder,
         train_split_name=args.split or ("test" if args.dataset_name else "train"),
         text_column=args.text_column,
         rows_are_documents=not args.lines,
@@ -92,7 +94,8 @@ def prepare(args):
     model = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(args.model, dtype=dtype, **options).eval()
     if args.document_boundaries and not keeps_documents_apart(model):
         raise ValueError(f"{type(model).__name__} does not keep documents apart: leave out --document-boundaries")
-    texts, _ = load_texts(data)
+    texts, held_out = load_texts(data)
+    texts = held_out if args.folder else texts
     packing = {"boundaries": args.document_boundaries, "end_of_text": not args.lines}
     rows = {n: pack(tokenizer, texts, n, args.max_tokens and max(1, args.max_tokens // n), **packing) for n in args.context_lengths}
     collator = collate if causal else MaskingCollator(tokenizer, args.mlm_probability, args.seed)

@@ -30,15 +30,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluate_lm(monkeypatch, folder, output, *more, model="causal"):
+def evaluate_lm(monkeypatch, folder, output, *more, model="causal", source=None):
     import runpy
     from pathlib import Path
 
     script = Path(__file__).parent.parent / "scripts" / "evaluate_lm.py"
-    fixed = ["--model", folder / model, "--file", folder / "texts.jsonl", "--output", output]
+    fixed = ["--model", folder / model, *(source or ("--file", folder / "texts.jsonl")), "--output", output]
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, [*fixed, *more])])
     runpy.run_path(str(script), run_name="__main__")
     return json.loads((output / "evaluation.json").read_text())["contexts"]
+
+
+def test_files_that_training_holds_out(monkeypatch, folder, tmp_path):
+    texts = [f"held_out = {i}\n" * (20 + i) for i in range(5)]
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr("hf_multipole.training.data.standard_library", lambda root: {"code": (["training"], texts)}[root])
+    sources = {"folder": ("--folder", "code"), "file": ("--file", tmp_path / "held-out.jsonl")}
+    found = [evaluate_lm(monkeypatch, folder, tmp_path / name, "--context-lengths", 64, source=x)["64"] for name, x in sources.items()]
+    assert found[0]["tokens"] > 0 and found[0] == found[1]
 
 
 def by_hand(model, ids, start):
