@@ -156,7 +156,7 @@ def test_gradients_of_a_pass_that_fills_a_cache():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_size_does_not_grow(kind):
-    model = build(max_position_embeddings=1024, **kind)
+    model = build(**kind | {"max_position_embeddings": 1024})
     sizes = []
     cache = MultipoleCache(config=model.config)
     for _ in range(3):
