@@ -62,6 +62,8 @@ def prepare(args):
     for name in ("stride", "max_tokens", "batch_size", "cases"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be positive")
+    if args.folder and args.split:
+        raise ValueError("--folder has no --split: it is the files that training holds out")
     if min(args.context_lengths) < 2 or (args.stride or 1) > min(args.context_lengths):
         raise ValueError("--context-lengths must be at least 2, and at least the --stride")
     for kind in args.probes:

@@ -18,7 +18,8 @@ from hf_multipole.modeling.state_multipole import MultipoleState
 
 KINDS = [{"summary": "hierarchical"}, {"summary": "mean"}, {"summary": "direct"}, {"rotate_summaries": True}]
 KINDS += [{"summary": "direct", "rotate_summaries": True}, {"max_position_embeddings": 4 * BLOCK}]
-KINDS += [{"layer_types": ["multipole_linear_attention"] * 2, "summary": kind} for kind in ("hierarchical", "direct")]
+LINEAR = ["multipole_linear_attention"] * 2
+KINDS += [{"layer_types": LINEAR, "summary": kind} for kind in ("hierarchical", "direct")]
 FULL_FIRST = HYBRID[1:]
 
 
@@ -90,9 +91,16 @@ def test_low_precision_is_as_good_as_the_full_forward(kind, dtype):
 
 
 @pytest.mark.parametrize("chunks", [[1] * 150, [90, 60], [40] + [1] * 20 + [90]])
-@pytest.mark.parametrize("summary", ["hierarchical", "mean"])
-def test_beyond_the_trained_length(summary, chunks):
-    model = build(summary=summary, max_position_embeddings=2 * BLOCK)
+@pytest.mark.parametrize(
+    "kind", [{}, {"summary": "mean"}, {"rotate_summaries": True}, {"layer_types": LINEAR}, {"far_bias_init": None}], ids=str
+)
+@pytest.mark.parametrize("trained", [2 * BLOCK, 8 * BLOCK])
+def test_beyond_the_trained_length(trained, kind, chunks):
+    """No level was trained, or two of four; the merge enlarges, but not at levels that were not trained."""
+    model = build(max_position_embeddings=trained, **kind)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(2 if name.endswith("merge") else 1)
     ids = tokens(n=150)
     logits, cache = run(model, ids, chunks)
     torch.testing.assert_close(logits, model(ids, use_cache=False).logits, **CLOSE)
@@ -154,9 +162,9 @@ def test_gradients_of_a_pass_that_fills_a_cache():
 # Size
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "max_position_embeddings" not in kind])
 def test_the_size_does_not_grow(kind):
-    model = build(**kind | {"max_position_embeddings": 1024})
+    model = build(max_position_embeddings=1024, **kind)
     sizes = []
     cache = MultipoleCache(config=model.config)
     for _ in range(3):
@@ -167,6 +175,26 @@ def test_the_size_does_not_grow(kind):
     # 64 tokens can be taken back: 8 blocks beside the two that are seen, and 8 groups beside the three of each of 6 levels.
     slots = (2 + 8) * BLOCK + 6 * (3 + 8) * RANK
     assert state.keys.slots.shape[2] == state.values.slots.shape[2] == slots
+
+
+@pytest.mark.parametrize("trained", [1024, 4 * BLOCK])
+def test_what_a_token_sees_is_worked_out_once_a_block(monkeypatch, trained):
+    """On rows that are longer than those of training, too; and anew for another far bias."""
+    found = []
+    monkeypatch.setattr(MultipoleState, "_visible", lambda *args, original=MultipoleState._visible: found.append(1) or original(*args))
+    model = build(max_position_embeddings=trained)
+    ids = tokens(n=150)
+    _, cache = run(model, ids, [10 * BLOCK])
+    run(model, ids, [1] * 2 * BLOCK, cache=cache)
+    assert len(found) == 2 * len(states(cache))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.far_field.far_bias.add_(1)
+    _, other = run(model, ids, [12 * BLOCK])
+    for layer, fresh in zip(states(cache), states(other)):
+        for name, x in layer.tensors().items():
+            x.copy_(fresh.tensors()[name])
+    torch.testing.assert_close(run(model, ids, [1] * 4, cache=cache)[0], run(model, ids, [1] * 4, cache=other)[0], **CLOSE)
 
 
 def test_a_prompt_in_inference_mode_and_steps_outside():

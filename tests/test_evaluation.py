@@ -48,6 +48,8 @@ def test_files_that_training_holds_out(monkeypatch, folder, tmp_path):
     sources = {"folder": ("--folder", "code"), "file": ("--file", tmp_path / "held-out.jsonl")}
     found = [evaluate_lm(monkeypatch, folder, tmp_path / name, "--context-lengths", 64, source=x)["64"] for name, x in sources.items()]
     assert found[0]["tokens"] > 0 and found[0] == found[1]
+    with pytest.raises(SystemExit):
+        evaluate_lm(monkeypatch, folder, tmp_path / "split", "--context-lengths", 64, "--split", "test", source=sources["folder"])
 
 
 def by_hand(model, ids, start):

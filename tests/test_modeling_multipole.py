@@ -77,7 +77,7 @@ def reference_of(call, causal=True, **options):
         far_keys=kwargs.get("far_keys"),
         causal=causal,
         size_weighting=config.size_weighting,
-        far_bias=module.far_field(query),
+        far_bias=module.far_field(99),
         return_weights=True,
         **options,
     )
@@ -640,7 +640,11 @@ def test_rows_longer_than_those_of_training(spy):
             bias = far_field.far_bias
             assert bias.shape == (4, 2)
             expected = [bias[:, min(level, 2) - 1] - math.log(2) * max(0, level - 2) for level in range(1, 12)]
-            torch.testing.assert_close(far_field(bias)[:, :11], torch.stack(expected, 1), **CLOSE)
+            torch.testing.assert_close(far_field(11), torch.stack(expected, 1), **CLOSE)
+            assert far_field(2) is bias
+    bias = model.model.layers[0].self_attn.far_field(5)
+    gradient = torch.autograd.grad(bias.sum(), model.model.layers[0].self_attn.far_field.far_bias)[0]
+    assert gradient.tolist() == [[1, 4]] * 4
     ids = tokens(n=600)
     calls = spy("multipole")
     output = model(ids, output_attentions=True)
@@ -656,4 +660,4 @@ def test_a_far_bias_that_serves_all_further_levels(options):
     length = options.pop("length", 64)
     options = {"far_bias_init": -1.0, "block_size": BLOCK, "rank": RANK, "summary": "mean", "size_weighting": True} | options
     far_field = FarField(options, 4, 2, 8, length)
-    assert far_field(far_field.far_bias) is far_field.far_bias
+    assert far_field(99) is far_field.far_bias

@@ -210,7 +210,8 @@ def convert(
             and True.
         summary: "hierarchical" (learned, any length), "direct" (learned for each level, at most ``max_position_embeddings``
             tokens) or "mean" (nothing learned).
-        far_bias_init: start of the learned bias for each head and level; None for no bias.
+        far_bias_init: start of the learned bias for each head and level; None for no bias. To read longer rows than those
+            of training afterwards, let ``config.max_position_embeddings`` state the length of training, as in :class:`MultipoleConfig`.
         tensor_order, tensor_method, tensor_window, tensor_degree, tensor_entry_bound, tensor_score_dim: see :class:`MultipoleConfig`;
             by default those of ``config.multipole``, or its defaults. Without windows the exact method takes O(n ** tensor_order)
             time.

@@ -41,7 +41,9 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
         raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    options = _options(module, q, softcap, scale) | {"max_length": getattr(module.config, "max_position_embeddings", 1)}
+    # The state makes room for the token after these, too.
+    options = _options(module, q, mask.length + 1, softcap, scale)
+    options["max_length"] = getattr(module.config, "max_position_embeddings", None) or 1
     return layer.attend(q, k, v, mask.new_tokens, rotary=rotary, downsample_queries=downsample_queries, **options)
 
 
@@ -89,8 +91,8 @@ def _(layer):
     return torch.empty((), dtype=torch.long)
 
 
-def _options(module, query, softcap, scale, key_summary=None) -> dict:
-    """What the attention depends on beside tokens and masks."""
+def _options(module, query, length: int, softcap, scale, key_summary=None) -> dict:
+    """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks."""
     options = attention_options(module.config)
     far_field = getattr(module, "far_field", None)
     if far_field is None and (options["summary"] != "mean" or options["far_bias_init"] is not None):
@@ -104,7 +106,7 @@ def _options(module, query, softcap, scale, key_summary=None) -> dict:
     return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
         "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
         "value_summary": getattr(far_field, "value_summary", None),
-        "far_bias": None if far_field is None else far_field(query),
+        "far_bias": None if far_field is None else far_field(level_count(length, options["block_size"])),
         "softcap": softcap,
         "scale": scale,
     }
@@ -240,7 +242,7 @@ def multipole_attention_forward(
         downsample_queries=downsample_queries,
         dropout_p=dropout,
         return_weights=bool(output_attentions),
-        **_options(module, query, softcap, scaling, key_summary),
+        **_options(module, query, attention_mask.length, softcap, scaling, key_summary),
     )
     if torch.is_grad_enabled() and hasattr(module, "far_field"):
         out = module.far_field.keep_in_graph(out, level_count(attention_mask.length, attention_mask.block_size))

@@ -29,7 +29,7 @@ ROLLBACK = 64
 STATE_IMPLEMENTATIONS = ("multipole", "multipole_linear")
 OUT_OF_STEP = "the layers of the cache have seen different numbers of tokens: an earlier call was interrupted; use a new cache"
 NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
-_FORMAT = "hf_multipole state 1"
+_FORMAT = "hf_multipole state 2"
 
 
 class PastTokens(NamedTuple):

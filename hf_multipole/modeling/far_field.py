@@ -9,8 +9,6 @@ from transformers import initialization as init
 from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
 
-_MOST = 40  # levels: no row has more
-
 
 class LearnedPart(nn.Module):
     """What a converted model has more than the stock one. Its ``reset_parameters`` fills what a checkpoint lacks."""
@@ -34,14 +32,14 @@ class FarField(LearnedPart):
     options: as from :func:`attention_options`. max_length: tokens of the rows that it is trained on, which direct summaries cannot
     exceed; None where that is not known. queries: whether queries are summarised, too (bidirectional O(n)).
 
-    On longer rows, the levels that training never had must not drown what it had: they take over the bias of the last one and count
-    for no more tokens than it, and the merge of hierarchical summaries enlarges nothing there.
+    On longer rows, the levels that training never had must not drown what it had: the merge of hierarchical summaries enlarges nothing
+    there, and where there is a far bias, they take over the last one and count for no more tokens than its level.
     """
 
     def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int | None, queries: bool = False):
         super().__init__()
         self.far_bias_init = options["far_bias_init"]
-        self.falls = options["size_weighting"] and max_length is not None
+        self.bias_falls = options["size_weighting"] and max_length is not None
         block_size, rank = options["block_size"], options["rank"]
 
         def summary(heads: int) -> nn.Module:
@@ -71,13 +69,15 @@ class FarField(LearnedPart):
         if self.far_bias is not None:
             init.constant_(self.far_bias, self.far_bias_init)
 
-    def forward(self, query: torch.Tensor) -> torch.Tensor | None:
-        """The bias ``(heads, levels)`` of the far logits, or None. By a call, for that is when offloaded parameters are fetched."""
-        if self.far_bias is None or not self.falls:
+    def forward(self, levels: int) -> torch.Tensor | None:
+        """The bias of the far logits of rows with so many levels, or None: ``(heads, levels)``, or fewer, the last one then being that
+        of all further levels. By a call, for that is when offloaded parameters are fetched.
+        """
+        if self.far_bias is None or not self.bias_falls or levels <= self.far_bias.shape[1]:
             return self.far_bias
         bias = self.far_bias.to(compute_dtype(self.far_bias.dtype))
-        # Each further level counts twice as many tokens.
-        doublings = torch.arange(1, _MOST + 1 - bias.shape[1], device=bias.device, dtype=bias.dtype)
+        # Takes back what the weighting by size adds: a summary of each further level stands for twice as many tokens.
+        doublings = torch.arange(1, levels + 1 - bias.shape[1], device=bias.device, dtype=bias.dtype)
         return torch.cat([bias, bias[:, -1:] - math.log(2) * doublings], 1)
 
     def keep_in_graph(self, out: torch.Tensor, levels: int) -> torch.Tensor:

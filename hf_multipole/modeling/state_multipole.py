@@ -289,7 +289,7 @@ class MultipoleState:
                 finished = past // (self.block_size << level)
                 for side in call.sides if finished else ():
                     children = self._groups_of(side, rows, level - 1, range(2 * finished))
-                    made = side.summary(None, None, 2, past=Past(0, [children]), kernels=call.kernels)[0][1]
+                    made = side.summary(None, None, 2, past=Past(0, [children], level), kernels=call.kernels)[0][1]
                     self._keep(side, rows, level, finished, self._placed(side, rows, level, finished, made, call.new))
 
     def _extend(self, side: _Side, rows, tokens: torch.Tensor, block: int, call: _Call) -> tuple[list[torch.Tensor], list]:
@@ -425,12 +425,20 @@ class MultipoleState:
 
     def _step_bias(self, past: list[int], every, slot, heads: int, call: _Call) -> torch.Tensor:
         """What is added to the logits of one more token in every row, ``(batch or 1, kv_heads, repeats, slots)``."""
-        alike, kind = len(set(past)) == 1, (heads, call.size_weighting, id(call.far_bias))
-        if self._bias is None or self._bias_of != kind or any(length % self.block_size == 0 for length in past):
-            self._bias, self._bias_of = self._visible([past[0]] if alike else past, heads, call), kind
+        alike = len(set(past)) == 1
+        if self._bias is None or not self._biased_by(heads, call) or any(length % self.block_size == 0 for length in past):
+            self._bias = self._visible([past[0]] if alike else past, heads, call)
+            self._bias_of = heads, call.size_weighting, None if call.far_bias is None else call.far_bias.detach().clone()
         else:
             self._bias[every, :, slot] = 0
         return self._bias.unflatten(1, (self.keys.slots.shape[1], -1))
+
+    def _biased_by(self, heads: int, call: _Call) -> bool:
+        """Whether the bias that is kept is that of this call."""
+        *kind, far_bias = self._bias_of
+        if None in (far_bias, call.far_bias):
+            return kind == [heads, call.size_weighting] and far_bias is call.far_bias
+        return kind == [heads, call.size_weighting] and torch.equal(far_bias, call.far_bias)
 
     def _attend_slots_on_gpu(self, q, past: list[int], call: _Call, far: torch.Tensor | None = None) -> torch.Tensor:
         """:meth:`_attend_slots` of queries ``(batch, heads, dim)``; far: see the kernel, in place of the summaries."""

@@ -162,6 +162,7 @@ class Past(NamedTuple):
 
     block: int  # number of blocks before
     held: list[torch.Tensor]  # what the open groups hold: finished children, a level; of direct summaries: sums, a level
+    level: int = 1  # of the first of these children
 
 
 class MeanSummary(nn.Module):
@@ -195,7 +196,7 @@ class MeanSummary(nn.Module):
         """The groups of each level that ``tokens``, whole blocks or None, finish, and what the open groups hold then."""
         new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, False, kernels)[1]
         out = [new]
-        for level, held in enumerate(past.held[: levels - 1], 2):
+        for level, held in enumerate(past.held[: levels - 1], past.level + 1):
             children = torch.cat([held.to(new.dtype), new], 2)
             pairs = children[:, :, : children.shape[2] // 2 * 2]
             new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), level, False, kernels)
