@@ -27,10 +27,10 @@ def rows_of(cells: list[list[str]], head: list[str]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{align}", *(f"| {' | '.join(row)} |" for row in cells)])
 
 
-def equal_cost(o, record: dict, family: str, others: list[str]) -> str:
+def equal_cost(record: dict, family: str, sizes: list[tuple[int, int]], others: list[str]) -> str:
     """Errors, mean over layers, by block size and rank, beside those of others at the same cost."""
     entries, cells = record["errors"], []
-    for block_size, rank in o.sizes:
+    for block_size, rank in sizes:
         own = pick(entries, family, block_size=block_size, rank=rank)
         same = [pick(entries, name, cost=own["cost"]) for name in others]
         cells.append([str(block_size), str(rank), f"{own['cost']:.0f}", *(f"{mean(x):.3f}" for x in [own, *same])])
@@ -108,11 +108,13 @@ def section(o, record: dict) -> str:
 
 Errors, mean over the layers, at the same cost:
 
-{equal_cost(o, record, "means", names)}
+{equal_cost(record, "means", o.sizes, names)}
+
+{equal_cost(record, "summaries learned", o.learned, names)}
 
 The O(n) form:
 
-{equal_cost(o, record, "means, O(n)", names)}
+{equal_cost(record, "means, O(n)", o.sizes, names)}
 
 Layer by layer (in brackets the least and greatest error of a head). Baselines are at the cost of the means above them:
 
