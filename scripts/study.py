@@ -356,13 +356,14 @@ def table(rows: dict[str, list[dict]], first: str, metric: str) -> str:
             if spread and abs(difference) > least(len(apart[row])):
                 cells[-1] = f"**{cells[-1]}**"
         fall = last_fall(found)
+        cells.append(f"{statistics.mean(result['metrics']['perplexity'] for result in found):.3f}")
         cells += [f"{second_half(found):.3f}", "" if fall is None else f"{100 * fall:.1f}", f"{found[0]['parameters']:,}"]
         for name in ("seconds_per_step", "cpu_seconds_per_step"):
             seconds = [result[name] for result in found if result[name]]
             cells.append(f"{statistics.median(seconds):.3g}" if seconds else "")
         memory = [result["peak_memory"] for result in found if result["peak_memory"]]
         lines.append(f"| {' | '.join([*cells, f'{max(memory) / 1e6:,.0f}' if memory else ''])} |")
-    head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "second half", "last fall, %", "parameters"]
+    head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "perplexity", "second half", "last fall, %", "parameters"]
     head += ["s a step", "CPU s a step", "peak memory, MB"]
     text = "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *lines])
     if spread:

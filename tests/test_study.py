@@ -161,7 +161,10 @@ def test_what_can_be_told_apart(tmp_path):
     common = {"parameters": 10, "seconds_per_step": 0.5, "cpu_seconds_per_step": 0.4, "peak_memory": 2e6}
     common |= {"curve": [{"step": step, "bits": 3 - 0.1 * step} for step in (4, 8, 16)]}
     common |= {"by_position": [{"from": 0, "to": 8, "loss": 9.0}, {"from": 8, "to": 14, "loss": 2.0}, {"from": 14, "to": 16, "loss": 4.0}]}
-    rows = {row: [{"seed": i, "metrics": {"bits_per_byte": x}} | common for i, x in enumerate(several)] for row, several in values.items()}
+    rows = {
+        row: [{"seed": i, "metrics": {"bits_per_byte": x, "perplexity": 2 * x}} | common for i, x in enumerate(several)]
+        for row, several in values.items()
+    }
     apart = study.differences(rows, "first", "bits_per_byte")
     assert apart == {"near": pytest.approx([0.01, 0.03, 0.02]), "far": pytest.approx([0.05]), "apart": pytest.approx([1.0] * 3)}
     s = math.sqrt(2 * 0.01**2 / 4)  # those of near are 0.01 apart, the others not at all
@@ -170,7 +173,9 @@ def test_what_can_be_told_apart(tmp_path):
     one, three = 2.77645 * s, 2.77645 * s / math.sqrt(3)
     assert f"over one seed counts from {one:.4f} on, over 3 seeds from {three:.4f} on" in text and "4 degrees of freedom" in text
     assert "| near | 1.1200 ± 0.1054 | 3 | **+0.0200** |" in text
-    assert f"| far | 1.0500 | 1 | **+0.0500** | {2.5 / math.log(2):.3f} | {100 * (1 - 1.4 / 1.8):.1f} | 10 | 0.5 | 0.4 | 2 |" in text
+    assert (
+        f"| far | 1.0500 | 1 | **+0.0500** | 2.100 | {2.5 / math.log(2):.3f} | {100 * (1 - 1.4 / 1.8):.1f} | 10 | 0.5 | 0.4 | 2 |" in text
+    )
     rows["near"] = rows["near"][1:2]
     rows["apart"] = rows["apart"][:1]
     assert "counts from" not in study.table(rows, "first", "bits_per_byte")
@@ -190,7 +195,7 @@ def test_the_report_of_a_masked_study(tmp_path):
         accuracy = 0.5 + 0.1 * run.seed + (run.row == "linear")
         figures = {
             "parameters": 10,
-            "metrics": {"masked_accuracy": accuracy},
+            "metrics": {"masked_accuracy": accuracy, "perplexity": 4 * accuracy},
             "seconds_per_step": None,
             "cpu_seconds_per_step": None,
             "peak_memory": None,
@@ -200,9 +205,9 @@ def test_the_report_of_a_masked_study(tmp_path):
     record = {"machine": study.machine(), "runs": study.results(runs)}
     study.write_report("mini", "python scripts/study.py mini.yaml", runs, rows, record, tmp_path / "mini.md")
     text = (tmp_path / "mini.md").read_text()
-    assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 1.443 |  | 10 |  |  |  |") == 2
+    assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 2.200 | 1.443 |  | 10 |  |  |  |") == 2
     assert "6 of 16 runs are done" in text and "## long" not in text
-    assert text.count("| linear | 1.5000 | 1 | +1.0000 | 1.443 |  | 10 |  |  |  |") == 2
+    assert text.count("| linear | 1.5000 | 1 | +1.0000 | 6.000 | 1.443 |  | 10 |  |  |  |") == 2
     assert {image.name for image in (tmp_path / "images").iterdir()} == {"mini.png", "mini-curves.png", "mini-positions.png"}
 
 
