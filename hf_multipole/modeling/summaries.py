@@ -280,6 +280,9 @@ class HierarchicalSummary(_LearnedSummary):
         self.merge = nn.Parameter(torch.empty(heads, rank, 2 * rank, dim))
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, max_length={self.max_length}"
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.tokens.copy_(self.start(self.tokens))
