@@ -436,9 +436,9 @@ class MultipoleState:
     def _biased_by(self, heads: int, call: _Call) -> bool:
         """Whether the bias that is kept is that of this call."""
         *kind, far_bias = self._bias_of
-        if None in (far_bias, call.far_bias):
+        if kind != [heads, call.size_weighting] or far_bias is None or call.far_bias is None:
             return kind == [heads, call.size_weighting] and far_bias is call.far_bias
-        return kind == [heads, call.size_weighting] and torch.equal(far_bias, call.far_bias)
+        return torch.equal(far_bias, call.far_bias)
 
     def _attend_slots_on_gpu(self, q, past: list[int], call: _Call, far: torch.Tensor | None = None) -> torch.Tensor:
         """:meth:`_attend_slots` of queries ``(batch, heads, dim)``; far: see the kernel, in place of the summaries."""
