@@ -424,7 +424,7 @@ def write_report(name: str, command: str, runs: list[Run], rows: list[str], reco
     images.mkdir(parents=True, exist_ok=True)
     plots = bool(find_spec("matplotlib"))
     if plots:
-        plot_rows(found, rows, metric, images / f"{name}.png")
+        plot_rows(found, [row for row in rows if any(result["row"] == row for result in found)], metric, images / f"{name}.png")
         sections.append(f"![every run, and means](images/{name}.png)")
     for budget, context in cells:
         part = {row: several for row in rows if (several := group(found, budget, context).get(row))}
