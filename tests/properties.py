@@ -40,6 +40,7 @@ class Case:
     value_dim: int = 3
     causal: bool = True
     summary: str = "mean"  # or "direct", "hierarchical", with random weights
+    trained: int | None = None  # tokens of the rows that hierarchical summaries were trained on; None for any
     size_weighting: bool = True
     bias_levels: int = 0  # columns of far_bias; 0 for none
     softcap: float | None = None
@@ -164,8 +165,7 @@ def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | No
     for name, width, own in parts:
         if case.summary != "mean":
             kind = {"direct": DirectSummary, "hierarchical": HierarchicalSummary}[case.summary]
-            # Hierarchical ones have levels that training had and levels that it had not.
-            length = case.n if case.summary == "direct" else case.n // 3
+            length = case.n if case.summary == "direct" else case.trained
             options[name] = kind(case.block_size, case.rank, own, width, length).to(device, of_weights(dtype))
             for parameter, weight in options[name].named_parameters():
                 with torch.no_grad():
@@ -415,6 +415,7 @@ def cases(draw, dtypes=(torch.float64,), n=st.integers(1, 40), summaries=("mean"
         value_dim=draw(st.sampled_from([1, 2, 5])),
         causal=draw(st.booleans()),
         summary=draw(st.sampled_from(summaries)),
+        trained=draw(st.sampled_from([None, n // 3])),
         size_weighting=draw(st.booleans()),
         bias_levels=draw(st.integers(0, 2)),
         softcap=draw(st.sampled_from([None, None, 1.5])),

@@ -38,7 +38,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 EVERY = (torch.float64, *LOW)
 
 # One of everything: ragged, grouped heads, fewer bias columns than levels, a cap, other keys for the far field.
-FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical")
+FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical", trained=20)
 PADDED = ((5, 3), (0, 16))
 SHAPES = {
     "plain": {},
