@@ -654,10 +654,9 @@ def test_rows_longer_than_those_of_training(spy):
     torch.testing.assert_close(model(ids[:, 599:], past_key_values=out.past_key_values).logits, output.logits[:, 599:], **CLOSE)
 
 
-@pytest.mark.parametrize("options", [{"size_weighting": False}, {"length": None}])
-def test_a_far_bias_that_serves_all_further_levels(options):
+@pytest.mark.parametrize("size_weighting, length", [(False, 64), (True, None)])
+def test_a_far_bias_that_serves_all_further_levels(size_weighting, length):
     """Without weighting by size levels do not gain weight by it, and where no length is known all of them are trained."""
-    length = options.pop("length", 64)
-    options = {"far_bias_init": -1.0, "block_size": BLOCK, "rank": RANK, "summary": "mean", "size_weighting": True} | options
+    options = {"far_bias_init": -1.0, "block_size": BLOCK, "rank": RANK, "summary": "mean", "size_weighting": size_weighting}
     far_field = FarField(options, 4, 2, 8, length)
     assert far_field(99) is far_field.far_bias
