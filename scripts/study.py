@@ -6,7 +6,7 @@
 The file has
     base: a configuration of run_clm.py, or of run_mlm.py where it has mlm_probability;
     rows: by name, what differs from base; config_overrides and convert are merged. The first row is what others are compared with.
-        A row may also have budgets, contexts and seeds of its own, some of the study's;
+        A row has every budget, context and seed, or those of its grids: a list of {budgets, contexts, seeds}, some of the study's;
     budgets: steps, by name; contexts: tokens in a row; seeds. At every context a step, and the held-out text, have as many tokens as
         in base: half the context, twice the rows.
 
@@ -113,15 +113,22 @@ def read_study(path: Path) -> dict:
     known = {name for kind in kinds(study["base"]) for name in kind.__dataclass_fields__}
     for where, values, names in [
         (f"base of {path}", study["base"], known),
-        *((f"row {row!r} of {path}", values or {}, {*known, *AXES}) for row, values in study["rows"].items()),
+        *((f"row {row!r} of {path}", values or {}, {*known, "grids"}) for row, values in study["rows"].items()),
     ]:
         check_names(values, names, where)
         for name in DECIDED:
             if name in values:
                 raise ValueError(f"{where} has {name}, which the study decides: leave it out")
-        for axis in AXES:
-            if unknown := [x for x in values.get(axis, ()) if x not in study[axis]]:
-                raise ValueError(f"{where} has {axis} {unknown[0]!r}, but the study's are {', '.join(map(str, study[axis]))}")
+        grids = values.get("grids", [{}])
+        if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
+            raise ValueError(f"grids of {where} must be a list of mappings, like [{{budgets: [...], contexts: [...], seeds: [...]}}]")
+        for grid in grids:
+            check_names(grid, AXES, f"grids of {where}")
+            for axis, chosen in grid.items():
+                if not isinstance(chosen, list) or not chosen:
+                    raise ValueError(f"{axis} in grids of {where} must be a list that is not empty")
+                if unknown := [x for x in chosen if x not in study[axis]]:
+                    raise ValueError(f"{where} has {axis} {unknown[0]!r}, but the study's are {', '.join(map(str, study[axis]))}")
     return study
 
 
@@ -133,14 +140,17 @@ def plan(path: Path, output: Path) -> tuple[list[Run], list[str]]:
     study, runs = read_study(path), []
     for row, overrides in study["rows"].items():
         overrides = dict(overrides or {})
-        budgets, contexts, seeds = (overrides.pop(axis, list(study[axis])) for axis in AXES)
-        for context in contexts:
-            values = at_context(merge(study["base"], overrides), study["base"], context, f"row {row!r} of {path}")
-            refuse_what_cannot_run(values, f"row {row!r} of {path}")
-            for budget, seed in itertools.product(budgets, seeds):
-                folder = output / slug(row) / f"{slug(budget)}-{context}-{seed}"
-                decided = {"max_steps": study["budgets"][budget], "seed": seed, "output_dir": str(folder)}
-                runs.append(Run(row, budget, context, seed, folder, values | decided))
+        grids = [[grid.get(axis, list(study[axis])) for axis in AXES] for grid in overrides.pop("grids", [{}])]
+        # Grids may overlap.
+        places = dict.fromkeys(place for grid in grids for place in itertools.product(*grid))
+        at = {}
+        for context in dict.fromkeys(context for _, context, _ in places):
+            at[context] = at_context(merge(study["base"], overrides), study["base"], context, f"row {row!r} of {path}")
+            refuse_what_cannot_run(at[context], f"row {row!r} of {path}")
+        for budget, context, seed in places:
+            folder = output / slug(row) / f"{slug(budget)}-{context}-{seed}"
+            decided = {"max_steps": study["budgets"][budget], "seed": seed, "output_dir": str(folder)}
+            runs.append(Run(row, budget, context, seed, folder, at[context] | decided))
     runs.sort(key=lambda run: (run.values["max_steps"], study["seeds"].index(run.seed), study["contexts"].index(run.context)))
     owner = {}
     for run in runs:

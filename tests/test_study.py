@@ -92,7 +92,8 @@ def test_a_study_interrupted_and_continued(tmp_path):
 
 def test_the_plan(tmp_path):
     """Every context has as many tokens a step; rows may keep to some of the grid; the short and the first come first."""
-    rows = {"multipole": {}, "rank 4": {"config_overrides": {"rank": 4}, "seeds": [1], "contexts": [64]}}
+    grids = [{"seeds": [1], "contexts": [64]}, {"budgets": ["long"], "seeds": [1]}]
+    rows = {"multipole": {}, "rank 4": {"config_overrides": {"rank": 4}, "grids": grids}}
     path = write_study(tmp_path, rows=rows, budgets={"short": 6, "long": 12}, contexts=[32, 64], seeds=[0, 1])
     runs, _ = study.plan(path, tmp_path / "out")
     assert [(run.row, run.budget, run.context, run.seed) for run in runs[:5]] == [
@@ -102,7 +103,7 @@ def test_the_plan(tmp_path):
         ("multipole", "short", 64, 1),
         ("rank 4", "short", 64, 1),
     ]
-    assert len(runs) == 10 and len({run.folder for run in runs}) == 10
+    assert len(runs) == 11 and len({run.folder for run in runs}) == 11
     for run in runs:
         assert run.values["per_device_train_batch_size"] * run.values["context_length"] == 128
         assert run.values["max_steps"] == {"short": 6, "long": 12}[run.budget] and run.values["seed"] == run.seed
@@ -119,7 +120,10 @@ def test_the_plan(tmp_path):
         ({"rows": {"a": {"config_overrides": {"rank": 3}}}}, "row 'a' of .*rank"),
         ({"rows": {"a": {"attn_implementation": "peer_liner"}}}, "unknown key 'peer_liner'; did you mean 'peer_linear'"),
         ({"rows": {"a": {"seed": 1}}}, "has seed, which the study decides"),
-        ({"rows": {"a": {"seeds": [5]}}}, "has seeds 5, but the study's are 0"),
+        ({"rows": {"a": {"grids": [{"seeds": [5]}]}}}, "has seeds 5, but the study's are 0"),
+        ({"rows": {"a": {"grids": {"seeds": [0]}}}}, "grids of row 'a' of .* must be a list"),
+        ({"rows": {"a": {"grids": [{"seed": [0]}]}}}, "grids of row 'a' of .* unknown key 'seed'; did you mean 'seeds'"),
+        ({"rows": {"a": {"grids": [{"seeds": []}]}}}, "seeds in grids of row 'a' of .* not empty"),
         ({"rows": {"a b": {}, "A-b": {}}}, "'A-b, short, .*' and 'a b, short, .*' have one folder"),
         ({"budgets": {"short": 0}}, "budgets of .* has 0, but they are whole numbers"),
         ({"seeds": [1, 1]}, "seeds of .* has 1 twice"),
