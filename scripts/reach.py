@@ -57,6 +57,13 @@ KINDS = {
 }
 POOL = 10  # batches drawn at once
 POINTS = 20  # of a curve
+# What the report says of them, and the symbols that an answer is one of.
+ASKED = {
+    "copy": f"passages of {PASSAGE} tokens after a marker; asked for the marker, the model gives the passage, token by token",
+    "needle": "tokens hold a key and a value each; asked for a key, the model gives the value",
+    "induction": "pairs of symbols like those of the noise; asked for the first, the model gives the second",
+}
+SYMBOLS = {"copy": PASSAGE, "needle": VALUES, "induction": NOISE}
 LOADS = (1, 4, 16)  # needles in a row that holds nothing else
 
 
@@ -307,9 +314,8 @@ Needles in rows of {lengths[0]:,} tokens, further away than {BRIDGED} tokens, by
 """
     done = {run for run, by in measured.items() if set(lengths) <= set(by)}
     have = {(run.task, run.kind) for run in done}
-    missing = [f"{kind} ({task})" for task in TASKS for kind in KINDS if (task, kind) not in have]
+    missing = [f"{kind} ({task})" for task in tasks for kind in KINDS if (task, kind) not in have]
     partial = f"\n**Partial:** not, or not at all lengths, measured yet: {'; '.join(missing)}.\n" if missing else ""
-    chance = {"needle": VALUES, "copy": PASSAGE, "induction": NOISE}
     last = settings["train_lengths"][-1]
     return f"""
 ```bash
@@ -321,13 +327,11 @@ difference), block size {BLOCK_SIZE}, rank {RANK}; the far bias starts at 0. Tra
 {settings["batch_tokens"]:,} tokens a step, each task by a model of its own, the same rows for every kind; the loss is on the answers alone.
 Measured on rows of {" and ".join(f"{n:,}" for n in lengths)} tokens. Tasks (`hf_multipole/training/recall.py`):
 
-- needle: up to {TASKS["needle"].items} tokens in a row hold a key and a value each; asked for a key, the model gives the value;
-- copy: up to {TASKS["copy"].items} passages of {PASSAGE} tokens after a marker; asked for the marker, it gives the passage, token by token;
-- induction: up to {TASKS["induction"].items} pairs of symbols like those of the noise; asked for the first, it gives the second.
+{chr(10).join(f"- {task}: up to {TASKS[task].items} {ASKED[task]}" for task in tasks)}
 
 Recall is the share of answers that the model holds most likely, by the distance between both places, in per cent, with the standard error
 over items, as if one more had been found and one more missed. {seeds_of(seeds)}.
-Guesses within the right symbols: {", ".join(f"{name} {100 / many:.1f} %" for name, many in chance.items())}.
+Guesses within the right symbols: {", ".join(f"{task} {100 / SYMBOLS[task]:.1f} %" for task in tasks)}.
 The near field of the multipole kinds holds {BLOCK_SIZE + 1} to {2 * BLOCK_SIZE} tokens, by the place of the query in its block: up to
 {BLOCK_SIZE} back all of them see what is asked for, from {BRIDGED} on nothing but summaries has any of it.
 
@@ -378,13 +382,14 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments):
     o = parser().parse_args(arguments)
     o.only = o.only or o.lengths
-    # What the longest task needs at the farthest distance.
-    shortest = 16 * max(task.asked for task in TASKS.values())
+    # An item takes at most a third of a row of training; the longest has room at 15/16 of a row to be measured.
+    least = {name: (3 * (task.kept + task.asked), 16 * task.asked) for name, task in TASKS.items() if name in o.tasks}
+    trained, measured = map(max, zip(*least.values()))
     faults = [
         (len(o.steps) != len(o.train_lengths), f"--steps {o.steps} must be as many as --train-lengths {o.train_lengths}"),
         (len(o.rows) != len(o.lengths), f"--rows {o.rows} must be as many as --lengths {o.lengths}"),
-        (min(o.train_lengths) < 102, f"--train-lengths {o.train_lengths} must be at least 102, to hold all tasks"),
-        (min(o.lengths) < shortest, f"--lengths {o.lengths} must be at least {shortest}, to hold all tasks"),
+        (min(o.train_lengths) < trained, f"--train-lengths {o.train_lengths} must be at least {trained}, to hold {', '.join(o.tasks)}"),
+        (min(o.lengths) < measured, f"--lengths {o.lengths} must be at least {measured}, to hold {', '.join(o.tasks)}"),
         (not set(o.only) <= set(o.lengths), f"--only {o.only} must be among --lengths {o.lengths}"),
         (min(*o.steps, *o.rows, o.batch_tokens) < 1, "--steps, --rows and --batch-tokens must be positive"),
         (o.heads < 1 or o.hidden_size % (2 * o.heads) != 0, f"--hidden-size {o.hidden_size} must be a multiple of twice --heads {o.heads}"),
