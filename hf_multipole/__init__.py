@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .integration.conversion import convert, revert
+from .integration.conversion import convert, extend_context, revert
 from .modeling.cache_multipole import MultipoleCache
 from .modeling.configuration_multipole import MultipoleConfig
 from .modeling.modeling_multipole import (
@@ -48,6 +48,7 @@ __all__ = [
     "MultipoleForTokenClassification",
     "MultipoleModel",
     "convert",
+    "extend_context",
     "multipole_attention",
     "revert",
     "tensor_attention",

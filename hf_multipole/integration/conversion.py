@@ -10,6 +10,7 @@ fails to be built.)
 
 import inspect
 import operator
+import re
 from collections.abc import Sequence
 
 import torch
@@ -210,8 +211,8 @@ def convert(
             and True.
         summary: "hierarchical" (learned, any length), "direct" (learned for each level, at most ``max_position_embeddings``
             tokens) or "mean" (nothing learned).
-        far_bias_init: start of the learned bias for each head and level; None for no bias. To read longer rows than those
-            of training afterwards, let ``config.max_position_embeddings`` state the length of training, as in :class:`MultipoleConfig`.
+        far_bias_init: start of the learned bias for each head and level; None for no bias. ``config.max_position_embeddings`` states
+            the length of training, as in :class:`MultipoleConfig`; :func:`extend_context` changes it.
         tensor_order, tensor_method, tensor_window, tensor_degree, tensor_entry_bound, tensor_score_dim: see :class:`MultipoleConfig`;
             by default those of ``config.multipole``, or its defaults. Without windows the exact method takes O(n ** tensor_order)
             time.
@@ -321,4 +322,49 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     for config in converted:
         _restore(config, None)
         config._attn_implementation = model.get_correct_attn_implementation(None)
+    return model
+
+
+def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreTrainedModel:
+    """Makes a model with multipole attention one for longer rows, to be trained on them, in place, and returns it.
+
+    Without, levels of groups that rows of training do not have take no part in attention (``max_position_embeddings`` says how long these
+    are). New levels start with the far bias of the last one; rows that are not longer get the outputs that they had. How positions are
+    encoded is left as it is (``rope_parameters``). To be called before an optimizer is made.
+
+    Args:
+        model: a :class:`MultipoleForCausalLM` or another of its family, or a model that :func:`convert` made.
+        max_position_embeddings: tokens of the longest rows of the training to come.
+
+    Raises:
+        ValueError: the model has no far field to extend, or one of direct summaries, or has positions for so many tokens only, or rows
+            are not longer than before. The model is unchanged then.
+    """
+    name = type(model).__name__
+    modules = [module for module in model.modules() if hasattr(module, "far_field")]
+    if not modules or not all(isinstance(module.far_field, FarField) for module in modules):
+        wrapped = " (in a wrapper, of PEFT for instance: extend the model before)" if modules else ""
+        raise ValueError(f"{name} has no far field that could be extended{wrapped}: its context is that of its positions")
+    before = modules[0].far_field.max_length
+    if before is None or max_position_embeddings <= before:
+        length = "any length" if before is None else f"{before} tokens"
+        raise ValueError(f"max_position_embeddings is {max_position_embeddings}, but {name} is for rows of {length} already")
+    configs = list({id(module.config): module.config for module in modules}.values())
+    for config in configs:
+        rope = getattr(config, "rope_parameters", None) or {}
+        # One for all layers, or one for each kind of them.
+        for one in (part for part in (rope, *rope.values()) if isinstance(part, dict)):
+            kind = one.get("rope_type", "default")
+            if kind in ("dynamic", "longrope") or (kind == "yarn" and one.get("factor") is None):
+                raise ValueError(
+                    f"{name} rotates by angles that depend on max_position_embeddings (rope_type {kind!r}), so that it would not stay what "
+                    "it is: choose rope_parameters that do not, such as 'yarn' with a factor"
+                )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"pos|wpe", path.rpartition(".")[2]):
+            raise ValueError(f"{name} has learned positions for {module.num_embeddings} tokens ({path}), which cannot be extended")
+    for module in modules:
+        module.far_field.extend(max_position_embeddings)
+    for config in configs:
+        config.max_position_embeddings = max_position_embeddings
     return model

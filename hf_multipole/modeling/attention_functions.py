@@ -100,13 +100,13 @@ def _options(module, query, length: int, softcap, scale, key_summary=None) -> di
             f"config.multipole asks for learned parts ({options['summary']!r} summaries), which this model does not have: give them to it "
             "with hf_multipole.convert, and import hf_multipole before a converted model is loaded"
         )
-    heads = getattr(getattr(far_field, "far_bias", None), "shape", [query.shape[1]])[0]
+    heads = getattr(far_field, "heads", query.shape[1])
     if heads != query.shape[1]:
         raise ValueError(f"the far field was learned for {heads} heads, but here are {query.shape[1]}: tensor parallelism is not supported")
     return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
         "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
         "value_summary": getattr(far_field, "value_summary", None),
-        "far_bias": None if far_field is None else far_field(level_count(length, options["block_size"])),
+        "far_bias": None if far_field is None else far_field(level_count(length, options["block_size"]), query.device),
         "softcap": softcap,
         "scale": scale,
     }

@@ -149,9 +149,9 @@ class MultipoleConfig(PreTrainedConfig):
         size_weighting: adds log(c) to the logit of a summary that stands for c tokens.
         far_bias_init: start of the learned bias of the far logits, one for each head and level; None for no bias. Well below 0,
             the far field does not drown the near one before its summaries mean something.
-        max_position_embeddings: tokens of the longest rows of training. Longer ones are read, too: at the levels that they add,
-            hierarchical summaries enlarge nothing, and the far bias, if there is one, goes on from its last level, less log(2) a level
-            where sizes count. State what training has: a length that it never reaches is taken for trained.
+        max_position_embeddings: tokens of the longest rows of training. Longer ones are read, too: the levels that they add take no part
+            in attention, which reaches as far as in training. State what training has: a length that it never reaches is taken for
+            trained. :func:`extend_context` makes it longer.
         rotate_summaries: keys are summarised before the rotary embedding, and each summary is rotated at its segment's centre.
             Otherwise the rotated keys are summarised. Queries are summarised after their rotation in any case.
         tensor_order: tokens that a score of a tensor layer joins, the query among them: 3 for pairs of keys, 2 for ordinary attention.

@@ -1,13 +1,17 @@
 """What an attention layer learns about the far field: summaries of groups, and a bias of their logits."""
 
-import math
-
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
+
+logger = logging.get_logger(__name__)
+
+# A bias that leaves a summary no weight, in any dtype.
+SILENT = -1e4
 
 
 class LearnedPart(nn.Module):
@@ -32,15 +36,15 @@ class FarField(LearnedPart):
     options: as from :func:`attention_options`. max_length: tokens of the rows that it is trained on, which direct summaries cannot
     exceed; None where that is not known. queries: whether queries are summarised, too (bidirectional O(n)).
 
-    On longer rows, the levels that training never had must not drown what it had: the merge of hierarchical summaries enlarges nothing
-    there, and where there is a far bias, they take over the last one and count for no more tokens than its level.
+    On longer rows, the levels that training never had are silent: attention reaches as far as in training. The distances are new to
+    queries and keys there, and what answers to them drowns the rest. :func:`extend_context` lets them be trained.
     """
 
     def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int | None, queries: bool = False):
         super().__init__()
         self.far_bias_init = options["far_bias_init"]
-        self.bias_falls = options["size_weighting"] and max_length is not None
         block_size, rank = options["block_size"], options["rank"]
+        self.heads, self.max_length, self.block_size = heads, max_length, block_size
 
         def summary(heads: int) -> nn.Module:
             if options["summary"] == "mean":
@@ -69,16 +73,33 @@ class FarField(LearnedPart):
         if self.far_bias is not None:
             init.constant_(self.far_bias, self.far_bias_init)
 
-    def forward(self, levels: int) -> torch.Tensor | None:
+    @property
+    def trained(self) -> int | None:
+        """Levels that rows of training have, or None where their length is not known."""
+        return None if self.max_length is None else level_count(self.max_length, self.block_size)
+
+    def forward(self, levels: int, device: torch.device) -> torch.Tensor | None:
         """The bias of the far logits of rows with so many levels, or None: ``(heads, levels)``, or fewer, the last one then being that
         of all further levels. By a call, for that is when offloaded parameters are fetched.
         """
-        if self.far_bias is None or not self.bias_falls or levels <= self.far_bias.shape[1]:
+        if self.trained is None or levels <= self.trained:
             return self.far_bias
-        bias = self.far_bias.to(compute_dtype(self.far_bias.dtype))
-        # Takes back what the weighting by size adds: a summary of each further level stands for twice as many tokens.
-        doublings = torch.arange(1, levels + 1 - bias.shape[1], device=bias.device, dtype=bias.dtype)
-        return torch.cat([bias, bias[:, -1:] - math.log(2) * doublings], 1)
+        logger.warning_once(
+            f"a row is longer than those of training, {self.max_length} tokens (max_position_embeddings): what is farther away takes no "
+            "part in multipole attention. hf_multipole.extend_context(model, tokens) makes a model for longer rows, to be trained on them"
+        )
+        bias = torch.zeros(self.heads, self.trained, device=device) if self.far_bias is None else self.far_bias[:, : self.trained]
+        return nn.functional.pad(bias.to(compute_dtype(bias.dtype)), (0, 1), value=SILENT)
+
+    @torch.no_grad()
+    def extend(self, max_length: int) -> None:
+        """For longer rows of training: the far bias of the last level is that of new ones. Direct summaries raise ValueError."""
+        for summary in self.summaries:
+            summary.extend(max_length)
+        self.max_length = max_length
+        if self.far_bias is not None and (missing := self.trained - self.far_bias.shape[1]) > 0:
+            last = self.far_bias[:, -1:].expand(-1, missing)
+            self.far_bias = nn.Parameter(torch.cat([self.far_bias, last], 1), self.far_bias.requires_grad)
 
     def keep_in_graph(self, out: torch.Tensor, levels: int) -> torch.Tensor:
         """The output, with zero times the parameters that rows of so few ``levels`` do not use: all processes of a parallel training

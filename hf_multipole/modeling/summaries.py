@@ -175,6 +175,9 @@ class MeanSummary(nn.Module):
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, rank={self.rank}"
 
+    def extend(self, max_length: int) -> None:
+        """For longer rows of training."""
+
     def _first(self, tokens: torch.Tensor, absolute: bool, kernels: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens, and their summaries of level 1."""
         tokens, means = _map(tokens, self.block_size // self.rank, None)
@@ -288,6 +291,9 @@ class HierarchicalSummary(_LearnedSummary):
         self.tokens.copy_(self.start(self.tokens))
         self.merge.copy_(self.start(self.merge))
 
+    def extend(self, max_length):
+        self.max_length = max_length
+
     def _first(self, tokens, absolute, kernels=False):
         return _map(tokens, self.block_size, _share(self.tokens) if absolute else self.tokens, kernels)
 
@@ -326,6 +332,9 @@ class DirectSummary(_LearnedSummary):
     def reset_parameters(self) -> None:
         for weight in self.levels:
             weight.copy_(self.start(weight))
+
+    def extend(self, max_length):
+        raise ValueError(f"direct summaries have weights for {self.max_length} tokens: only 'hierarchical' or 'mean' can be extended")
 
     def check_levels(self, levels: int) -> None:
         if levels > len(self.levels):

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..integration.conversion import convert, extend_context
 from .arguments import ModelArguments, check_names
 
 
@@ -66,13 +67,16 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {size}: give the model's own tokenizer"
         )
-    return converted(model, args.convert) if args.convert else model
+    model = converted(model, args.convert) if args.convert else model
+    lengths = [module.far_field.max_length for module in model.modules() if hasattr(module, "far_field")]
+    if any(length is not None and length < context_length for length in lengths):
+        # What is farther away than in the training of before would not be attended to.
+        extend_context(model, context_length)
+    return model
 
 
 def converted(model: PreTrainedModel, options: dict) -> PreTrainedModel:
     """The model with another kind of attention: the ``convert`` section of a configuration."""
-    from .. import convert
-
     options = {"kind": "multipole"} | options
     check_names(options, inspect.signature(convert).parameters, "convert")
     return convert(model, **options)
