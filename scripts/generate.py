@@ -2,7 +2,7 @@
 
     python scripts/generate.py --model runs/quickstart --prompt "def main():" --max-new-tokens 200
 
-A long document can be read once and asked many times; of multipole layers its state takes about a megabyte, whatever its length:
+A long document can be read once and asked many times; of a multipole layer its state takes one or two megabytes, whatever its length:
 
     python scripts/generate.py --model runs/quickstart --prompt-file document.txt --max-new-tokens 0 --save-state document.state
     python scripts/generate.py --model runs/quickstart --load-state document.state --prompt "A question about it"

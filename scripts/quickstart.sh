@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small multipole language model on the source text of Python's standard library, saves it, reloads it and lets it
-# write. With --compare, models of the same size with the near field only and with full attention are trained as well, and the
+# write. With --compare, models of the same width and depth with the near field only and with full attention are trained as well, and the
 # three curves drawn. The virtual environment is .venv, or $VENV; results are under runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -289,7 +289,7 @@ rows.
 {studies}
 
 On Match3, full attention is far below what tensor attention reaches with as many examples, though its curves still rise: longer training
-would bring it further. At modulus 37 it has not even caught up with counting the residues of a row. On Match2 every kind that was tried
+may bring it further. At modulus 37 it has not even caught up with counting the residues of a row. On Match2 every kind that was tried
 succeeds.
 
 All weights start with a standard deviation of the inverse square root of the width; "{SMALL_START}" is the same tensor layer with

@@ -98,7 +98,7 @@ def cell(o, steps, order, bound):
         delta, error = certified(o, order, bound, step["degree"], step["dtype"])
         return found | {name: step[name] for name in ("degree", "features", "dtype")} | {"delta": delta, "error": error}
     if found["scores"] > 80:
-        return found | {"reason": "exp of such scores overflows in float32"}
+        return found | {"reason": "scores beyond 80 are refused: exp overflows in float32 at 89"}
     deltas = [minimax_exponential(degree, found["scores"])[1] for degree in range(MAX_DEGREE + 1)]
     degree = next((degree for degree, delta in enumerate(deltas) if delta <= o.tolerance), None)
     if degree is None:
@@ -374,7 +374,7 @@ def report(o, record, cells, steps, exact, picture):
     return f"""# Bounded entries against order: where near-linear tensor attention pays
 
 Near-linear time needs bounded entries: with entries within B = o((log n)^(1/k)) attention of order k takes n^(1+o(1)) time, at
-B = Omega((log n)^(1/k)) nothing beats n^(k-o(1)) under SETH ([Alman and Song, arXiv 2310.04064](https://arxiv.org/abs/2310.04064)).
+B = Omega((log n)^(1/k)) nothing beats n^(k-o(1)) under the strong exponential time hypothesis ([Alman and Song, arXiv 2310.04064](https://arxiv.org/abs/2310.04064)).
 This is what that looks like in the package, at one accuracy: relative error of the weights, delta, within {o.tolerance:g}.
 
 ```bash
