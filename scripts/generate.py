@@ -9,6 +9,7 @@ A long document can be read once and asked many times; of a multipole layer its 
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -75,15 +76,19 @@ def main() -> None:
 def run(args) -> None:
     text, tokenizer, model, ids, cache = prepare(args)
     set_seed(args.seed)
-    read(model, ids, cache, args.chunk)
+    # The last token waits: generate takes it in, for the logits of the next one.
+    if ids.shape[1] > 1:
+        read(model, ids[:, :-1], cache, args.chunk)
     if args.save_state:
-        cache.save(args.save_state)
-        print(f"[state of {cache.get_seq_length():,} tokens, {cache.nbytes / 1e6:.2f} MB: {args.save_state}]", file=sys.stderr)
+        whole = copy.deepcopy(cache) if args.max_new_tokens else cache
+        model(ids[:, -1:], past_key_values=whole)
+        whole.bind(model)
+        whole.save(args.save_state)
+        print(f"[state of {whole.get_seq_length():,} tokens, {whole.nbytes / 1e6:.2f} MB: {args.save_state}]", file=sys.stderr)
+        del whole
     if args.max_new_tokens == 0:
         return
 
-    # The last token goes in once more, for the logits of the next one.
-    cache.crop(-1)
     length = cache.get_seq_length()
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {"do_sample": False}
     if args.prompt is not None:

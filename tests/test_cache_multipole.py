@@ -596,6 +596,11 @@ def test_cropping_too_far(filled):
         filled[3].crop(-30)
 
 
+def test_a_cache_of_what_is_no_configuration():
+    with pytest.raises(ValueError, match="config=model.config.*is a MultipoleForCausalLM"):
+        MultipoleCache(build())
+
+
 def test_exact_attention_on_a_state(filled):
     model = filled[0]
     model.set_attn_implementation("sdpa")

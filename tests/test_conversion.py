@@ -371,6 +371,33 @@ def test_short_rows_give_gradients_too(summary):
             assert not any(parameter.grad.any() for parameter in learned(model).values())
 
 
+@pytest.mark.parametrize("kind", ["multipole", "multipole_linear"])
+def test_rows_that_are_mostly_padding_give_gradients_too(kind):
+    model, ids, mask = converted(kind=kind).train(), tokens(n=75), torch.zeros(2, 75, dtype=torch.long)
+    mask[:, : 2 * BLOCK] = 1
+    model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_large_summaries_in_half_precision():
+    """Weights that are not used must not overflow where they are summed: those at the start sum to 4 * 32 * 2 * 512 here."""
+    config = copy.deepcopy(MODELS["llama"])
+    config.update({"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 512, "num_hidden_layers": 1})
+    model = convert(build(config)).half()
+    assert model(tokens(n=BLOCK), use_cache=False).logits.isfinite().all()
+
+
+def test_cropping_layers_with_a_window():
+    """They cannot take back what they dropped: nothing is changed, and what can be done is told."""
+    model = convert(build(DECODERS["gemma2"]))
+    cache = MultipoleCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(n=40), past_key_values=cache)
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [40, 40]
+
+
 def test_caches_of_other_layers_and_models(ids):
     every, second = (convert(build(DECODERS["llama"]), layers=layers) for layers in (None, [1]))
     with pytest.raises(ValueError, match="made for other layers than config.multipole"):

@@ -584,16 +584,24 @@ def test_a_cache_is_kept_only_where_it_can_be_used(ids):
     "mask",
     [
         torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool),
-        torch.ones(2, TOKENS),
+        torch.zeros(2, TOKENS),
+        torch.ones(2, TOKENS) / 2,
         torch.ones(2, TOKENS + 5, dtype=torch.long),
         torch.ones(2, TOKENS - 5, dtype=torch.long),
         torch.ones(1, TOKENS, dtype=torch.long),
     ],
-    ids=["4-D", "float", "longer", "shorter", "other batch"],
+    ids=["4-D", "additive", "float", "longer", "shorter", "other batch"],
 )
 def test_masks_of_a_wrong_kind(ids, mask, layer_types):
     with pytest.raises(ValueError, match=r"attention_mask has shape .* must be \(batch, n\) = \(2, 75\)"):
         build(layer_types=layer_types)(ids, attention_mask=mask)
+
+
+def test_a_mask_of_0_and_1_in_floating_point(ids):
+    """PEFT makes such ones, with virtual tokens before the others."""
+    model, mask = build(), torch.ones(2, TOKENS)
+    mask[0, :20] = 0
+    assert torch.equal(model(ids, attention_mask=mask).logits, model(ids, attention_mask=mask.bool()).logits)
 
 
 def test_a_mask_with_a_hole(ids):

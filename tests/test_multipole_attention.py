@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 import threading
 from dataclasses import replace
 
@@ -579,6 +580,7 @@ REFUSED = {
     "segments of floats": ({"segment_ids": torch.zeros(2, 20)}, TypeError, "segment_ids has dtype torch.float32"),
     "torn segment": ({"segment_ids": TORN}, ValueError, "segment_ids of row 1"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
+    "softcap inf": ({"softcap": math.inf}, ValueError, "softcap is inf"),
     "dropout of everything": ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
     "negative dropout": ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
     "unknown backend": ({"backend": "tvm"}, ValueError, "backend is 'tvm'"),

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_multipole import MultipoleForCausalLM, MultipoleForMaskedLM
-from hf_multipole.training.trainer import LanguageModelTrainer
+from hf_multipole.training.trainer import LanguageModelTrainer, _first
 
 STEPS = ["--max_steps", "4", "--save_strategy", "no"]
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2"]
@@ -128,6 +128,7 @@ def test_a_new_model_of_another_kind(texts, tmp_path):
     folder = tmp_path / "run"
     train(arguments(texts, folder, *STEPS, "--model_type", "llama", "--document_boundaries", "true", config=sizes))
     assert AutoModelForCausalLM.from_pretrained(folder).config.max_position_embeddings == 64
+    assert "fast multipole attention" not in (folder / "README.md").read_text()
 
 
 def test_early_stop(texts, tmp_path, seen):
@@ -156,7 +157,16 @@ def test_source_text_and_lines(tmp_path, monkeypatch):
         (["--fp16", "true"], "fp16"),
         (["--report_to", "trakio"], "trakio"),
         (["--prediction_loss_only", "true"], "prediction_loss_only must be false"),
-        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor does not work"),
+        (["--context_length", "1"], "context_length is 1"),
+        (["--config_overrides", "{hidden_act: foo}"], "hidden_act is 'foo'"),
+        (["--config_overrides", "{rope_parameters: {rope_type: foo}}"], "rope_type is 'foo'"),
+        (["--config_overrides", "{rope_parameters: {rope_type: yarn, rope_theta: 10000.0}}"], "need 'factor'"),
+        (
+            ["--config_overrides", "{rope_parameters: {rope_type: default, rope_theta: 10000.0, partial_rotary_factor: 0.5}}"],
+            "partial_rotary",
+        ),
+        (["--config_overrides", "{is_causal: false}"], "MultipoleForCausalLM"),
+        (["--config_overrides", "{summary: direct}", "--eval_context_lengths", "256"], "at most 64 tokens"),
         (["--context_length", "4096"], "fewer than one block of 4096"),
         (["--length_warmup_steps", "3", "--length_warmup_start", "24"], "length_warmup_start is 24, but must be context_length 64 halved"),
         (["--streaming", "true", "--max_steps", "-1"], "give max_steps"),
@@ -198,6 +208,34 @@ def test_refused_checkpoints(texts, stock, tmp_path):
     build(vocab_size=100).save_pretrained(tmp_path / "small")
     assert "the tokenizer has 384 tokens" in refuse(tmp_path / "small", False, "--tokenizer_name", stock)
     assert "nowhere" in refuse(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [("bert", "", "BertLMHeadModel sees later tokens"), ("qwen2", ", num_key_value_heads: 2", "a tokenizer of bytes")],
+)
+def test_kinds_that_would_mislead(kind, more, message, texts, tmp_path):
+    sizes = f"{{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16{more}}}"
+    with pytest.raises(SystemExit, match=message):
+        train(arguments(texts, tmp_path / "run", *STEPS, "--model_type", kind, config=sizes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_with_experts():
+    """They return the loss of their routers before the logits."""
+    logits = torch.zeros(2, 3, 4)
+    assert _first((torch.tensor(1.0), logits)) is _first(logits) is logits
+
+
+def test_a_run_without_a_checkpoint_leaves_its_folder(texts, tmp_path):
+    """What was written before the first checkpoint is no run to protect; a damaged record of one is told."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"seed": 7}')
+    train(arguments(texts, tmp_path / "run", *STEPS))
+    for damaged in ('{"seed"', "[1]"):
+        (tmp_path / "run" / "run.json").write_text(damaged)
+        with pytest.raises(SystemExit, match="run.json cannot be read"):
+            train(arguments(texts, tmp_path / "run", *STEPS, "--resume_from_checkpoint", "true"))
 
 
 def test_another_run_is_not_written_over(texts, tmp_path):

@@ -82,6 +82,28 @@ def test_generate_refuses(checkpoint, tmp_path, arguments, message):
     assert message in errors.strip().splitlines()[-1] and "Traceback" not in errors
 
 
+@pytest.mark.parametrize("kind", ["polynomial", "converted", "windowed"])
+def test_generate_with_caches_that_take_nothing_back(kind, tmp_path):
+    import stock_models as stock
+    from transformers import ByT5Tokenizer
+
+    from hf_multipole import convert
+
+    if kind == "polynomial":
+        model = build(vocab_size=384, layer_types=["multipole_attention", "tensor_attention"], tensor_method="polynomial")
+    else:
+        config = stock.DECODERS["llama" if kind == "converted" else "gemma2"]
+        model = convert(stock.build(type(config)(**config.to_dict() | {"vocab_size": 384})))
+    model.float().save_pretrained(tmp_path / "model")
+    ByT5Tokenizer().save_pretrained(tmp_path / "model")
+    greedy = ["--model", "model", "--temperature", 0, "--max-new-tokens", 5]
+    whole = run("generate.py", *greedy, "--prompt", "a long text of many words, and a question", cwd=tmp_path)
+    assert len(whole) > 40
+    if kind != "polynomial":
+        run("generate.py", *greedy, "--prompt", "a long text of many words, and", "--save-state", "text.state", cwd=tmp_path)
+        assert whole.endswith(run("generate.py", *greedy, "--load-state", "text.state", "--prompt", " a question", cwd=tmp_path)[-5:])
+
+
 @pytest.fixture(scope="module")
 def stock_checkpoint(tmp_path_factory):
     import torch

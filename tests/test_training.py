@@ -11,7 +11,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build
-from transformers import BertConfig, BertForMaskedLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForMaskedLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_multipole import MultipoleForMaskedLM
 from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
@@ -277,8 +278,23 @@ def test_masks():
     assert abs(share - 0.8) < 6 * (0.16 / masked.sum()) ** 0.5
     again = torch.cat([collator([row])["input_ids"] for row in rows])
     assert torch.equal(again, batch["input_ids"])
+    # Set in this process, it reaches the workers of a data loader, which may live for all epochs.
+    loader = DataLoader(rows, len(rows), collate_fn=collator, num_workers=1, persistent_workers=True)
+    assert torch.equal(next(iter(loader))["input_ids"], batch["input_ids"])
     collator.epoch = 1
-    assert not torch.equal(collator(rows)["input_ids"], batch["input_ids"])
+    other = collator(rows)["input_ids"]
+    assert not torch.equal(other, batch["input_ids"])
+    assert torch.equal(next(iter(loader))["input_ids"], other)
+
+
+def test_label_smoothing_of_causal_models(tmp_path):
+    """Trainer shifts the labels of our models, too."""
+    model, ids = build().float(), torch.randint(3, 50, (2, 40), generator=torch.Generator().manual_seed(1))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True))
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+        torch.testing.assert_close(trainer.compute_loss(model, {"input_ids": ids, "labels": ids}), expected)
 
 
 def test_which_models_keep_documents_apart():

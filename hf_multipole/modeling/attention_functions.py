@@ -231,21 +231,24 @@ def multipole_attention_forward(
         else:
             out = _attend_past(module, past, query, tokens, value, attention_mask, softcap, scaling, rotary, downsample_queries)
         return out.transpose(1, 2).contiguous(), None
+    # Rows that are mostly padding have fewer levels than their length tells.
+    alignment = attention_mask.alignment
+    longest = attention_mask.length if alignment is None else min(attention_mask.length, alignment.index.shape[1])
     out, weights = aligned_attention(
         query,
         tokens,
         value,
-        attention_mask.alignment,
+        alignment,
         far_keys=far_keys,
         causal=attention_mask.causal,
         query_summary=getattr(getattr(module, "far_field", None), "query_summary", None),
         downsample_queries=downsample_queries,
         dropout_p=dropout,
         return_weights=bool(output_attentions),
-        **_options(module, query, attention_mask.length, softcap, scaling, key_summary),
+        **_options(module, query, longest, softcap, scaling, key_summary),
     )
     if torch.is_grad_enabled() and hasattr(module, "far_field"):
-        out = module.far_field.keep_in_graph(out, level_count(attention_mask.length, attention_mask.block_size))
+        out = module.far_field.keep_in_graph(out, level_count(longest, attention_mask.block_size))
     return out.transpose(1, 2).contiguous(), weights
 
 

@@ -321,6 +321,8 @@ class MultipoleCache(DynamicCache):
     """
 
     def __init__(self, config: PreTrainedConfig, rollback: int = ROLLBACK):
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"MultipoleCache takes a model's configuration (config=model.config), but this is a {type(config).__name__}")
         if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 1:
             raise ValueError(f"rollback is {rollback!r}, but must be a positive number of tokens")
         super().__init__(config=config)
@@ -364,6 +366,12 @@ class MultipoleCache(DynamicCache):
                 layer.state.check_take_back(count)
             elif _is_tensor(layer):
                 layer.check_crop(count)
+            elif isinstance(layer, DynamicSlidingWindowLayer) and count and not layer.record_past:
+                if layer.get_seq_length() >= layer.sliding_window:
+                    raise ValueError(
+                        "the cache has layers with a sliding window, which drop older keys: call cache.activate_past_recording() before "
+                        "the tokens that are to be taken back are read"
+                    )
         super().crop(-count)
 
     @property

@@ -5,8 +5,9 @@ import math
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import configuration_utils
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .multipole_attention import check_sizes
 from .polynomial_attention import TOLERANCE, approximate
@@ -259,7 +260,19 @@ class MultipoleConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}"
             )
-        rope_type = (self.rope_parameters or {}).get("rope_type")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, which Transformers does not have")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"rope_type is {rope_type!r}, but must be one of 'default', {', '.join(map(repr, ROPE_INIT_FUNCTIONS))}")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError("rope_parameters have a partial_rotary_factor, but these models rotate whole heads: leave it out")
+        if rope_type != "default":
+            try:
+                ROPE_INIT_FUNCTIONS[rope_type](self)
+            except KeyError as error:
+                raise ValueError(f"rope_parameters of rope_type {rope_type!r} need {error}") from None
         if self.rotate_summaries and rope_type in ("dynamic", "longrope"):
             raise ValueError(f"rotate_summaries needs rotations that do not depend on the length, but rope_type is {rope_type!r}")
         if self.head_dim % 2:

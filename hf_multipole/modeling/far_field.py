@@ -111,5 +111,5 @@ class FarField(LearnedPart):
                 used += summary.levels[:levels]
             elif isinstance(summary, HierarchicalSummary):
                 used += [summary.tokens, summary.merge][:levels]
-        unused = [x.sum() for x in self.parameters() if x.requires_grad and not any(x is y for y in used)]
+        unused = [x.sum(dtype=compute_dtype(x.dtype)) for x in self.parameters() if x.requires_grad and not any(x is y for y in used)]
         return out + (0 * torch.stack(unused).sum()).to(out.dtype) if unused else out

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -288,6 +289,11 @@ class MultipoleModel(MultipolePreTrainedModel):
         else:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
         wrong = compiled is None and attention_mask is not None and attention_mask.shape != (batch, past + queries)
+        if attention_mask is not None and attention_mask.is_floating_point() and not (wrong or torch.compiler.is_compiling()):
+            # Ones in floating point, as PEFT puts them before a mask for its virtual tokens. Zeros alone may be an additive mask.
+            real = attention_mask == 1
+            if ((attention_mask == 0) | real).all() and real.any(1).all():
+                attention_mask = real
         if wrong or (attention_mask is not None and attention_mask.is_floating_point()):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
@@ -538,6 +544,10 @@ class MultipoleForTokenClassification(GenericForTokenClassification, MultipolePr
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+
+# Trainer knows by this list that labels are to be shifted, where it computes the loss (label smoothing).
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["multipole"] = MultipoleForCausalLM.__name__
 
 
 __all__ = [

@@ -490,7 +490,7 @@ def _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, s
         raise ValueError(f"far_bias is on {far_bias.device}, but q is on {q.device}: move it there")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}, but must be a finite number, or None for head_dim ** -0.5")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, but must be positive, or None for none")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, but must be positive and finite, or None for none")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, but must be at least 0 and less than 1")

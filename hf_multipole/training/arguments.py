@@ -94,7 +94,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        check_integers(self, 1, "context_length", "eval_rows", "test_rows")
+        check_integers(self, 2, "context_length")
+        check_integers(self, 1, "eval_rows", "test_rows")
         for length in self.eval_context_lengths or ():
             if not isinstance(length, int) or length < 2:
                 raise ValueError(f"eval_context_lengths has {length!r}, but lengths are integers of at least 2")

@@ -38,8 +38,18 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int):
         super().__init__(tokenizer, mlm_probability=probability)
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
+        # Shared with the workers of a data loader, which may live for several epochs.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self.special = torch.tensor(tokenizer.all_special_ids)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch.fill_(value)
 
     def __call__(self, rows: list[dict], return_tensors=None) -> dict[str, torch.Tensor]:
         batch = collate(rows)

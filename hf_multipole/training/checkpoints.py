@@ -132,7 +132,12 @@ def claim(folder: Path, run: dict, resuming: bool) -> None:
 
     run: what the run is made of, as JSON.
     """
-    known = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else None
+    known = None
+    if (folder / RUN).is_file():
+        try:
+            known = dict(json.loads((folder / RUN).read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{folder / RUN} cannot be read: take that folder away, or give another output_dir") from None
     if resuming:
         for name, value in run.items():
             if known is not None and known.get(name) != value:
@@ -141,7 +146,8 @@ def claim(folder: Path, run: dict, resuming: bool) -> None:
                 )
         return
     traces = [path.name for pattern in _TRACES for path in sorted(folder.glob(pattern))]
-    if traces and not (known == run and traces == [RUN]):
+    # A run that ended before its first checkpoint leaves nothing to lose.
+    if traces not in ([], [RUN]):
         raise ValueError(
             f"output_dir {folder} holds another run ({traces[0]}): give another output_dir, or go on with that one by "
             "--resume_from_checkpoint true"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import tempfile
 
 import torch
 from transformers import (
@@ -15,6 +16,8 @@ from transformers import (
 )
 
 from ..integration.conversion import convert, extend_context
+from ..modeling.hierarchy import level_count
+from ..modeling.summaries import DirectSummary
 from .arguments import ModelArguments, check_names
 
 
@@ -80,3 +83,43 @@ def converted(model: PreTrainedModel, options: dict) -> PreTrainedModel:
     options = {"kind": "multipole"} | options
     check_names(options, inspect.signature(convert).parameters, "convert")
     return convert(model, **options)
+
+
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, masked: bool) -> None:
+    """Raises ValueError for a model that would fail, or mislead, after it was trained.
+
+    longest: tokens of the longest rows, those of evaluation included.
+    """
+    for module in model.modules():
+        if isinstance(module, DirectSummary):
+            module.check_levels(level_count(longest, module.block_size))
+    name = type(model).__name__
+    if not masked and not any(parameter.is_meta for parameter in model.parameters()):
+        if _sees_later_tokens(model):
+            raise ValueError(f"{name} sees later tokens, so that it cannot learn to tell them: use run_mlm.py, or make it a decoder")
+    # Code that comes with a checkpoint chooses for itself.
+    if isinstance(tokenizer, ByT5Tokenizer) and not hasattr(model.config, "auto_map"):
+        with tempfile.TemporaryDirectory() as folder:
+            model.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            try:
+                same = AutoTokenizer.from_pretrained(folder)("a\n").input_ids == tokenizer("a\n").input_ids
+            except Exception:  # whatever the other tokenizer fails at
+                same = False
+        if not same:
+            raise ValueError(
+                f"AutoTokenizer does not load a tokenizer of bytes with a model of type {model.config.model_type}, whatever is saved: "
+                "give a tokenizer_name, or another model_type"
+            )
+
+
+@torch.no_grad()
+def _sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Whether the last token of a short row changes the logits before it."""
+    training, row = model.training, torch.arange(8) + 5
+    other = torch.cat([row[:-1], row[:1]])
+    model.eval()
+    logits = model(input_ids=torch.stack([row, other]).to(model.device)).logits[:, :-1].float()
+    model.train(training)
+    # More than rounding, with which a batch may treat its rows differently.
+    return (logits[0] - logits[1]).abs().max().item() > 64 * torch.finfo(model.dtype).eps * logits.abs().max().item()

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import ByT5Tokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
+from ..modeling.cache_multipole import STATE_IMPLEMENTATIONS
 from ..modeling.configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
 from . import checkpoints
 from .arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
@@ -21,7 +22,7 @@ from .batches import MaskingCollator, collate, keeps_documents_apart
 from .data import first_files, hold_out, load_texts, pack, recut, stream
 from .hub import NETWORK_ERRORS, add_code, push
 from .metrics import compression_baselines
-from .models import build_model, build_tokenizer
+from .models import build_model, build_tokenizer, check_model
 from .report import command, curve, measure_scaling, plot_attention, plot_curves, plot_scaling, write_card
 from .trainer import CheckpointError, LanguageModelTrainer
 
@@ -48,8 +49,8 @@ def run(script: str, masked: bool) -> None:
         fail(script, error)
     try:
         trainer.train(resume_from_checkpoint=given["checkpoint"])
-    except CheckpointError as error:
-        # It may concern one process alone, whichever.
+    except (CheckpointError, ImportError) as error:
+        # It may concern one process alone, whichever; or an optimizer's package is not installed.
         sys.exit(f"{script}: {one_line(error)}")
     metrics = trainer.evaluate(given["held_out"], metric_key_prefix="test")
     # Trainer turns it off, for training.
@@ -89,10 +90,9 @@ def prepare(masked: bool):
     set_seed(args.seed)
     tokenizer = build_tokenizer(model_args, masked)
     model = build_model(model_args, tokenizer, data_args.context_length, masked)
+    check_model(model, tokenizer, max([data_args.context_length, *(data_args.eval_context_lengths or ())]), masked)
     if data_args.document_boundaries and not keeps_documents_apart(model):
         raise ValueError(f"{type(model).__name__} does not keep the documents of a row apart: set document_boundaries to false")
-    if args.label_smoothing_factor and isinstance(model.config, MultipoleConfig) and not masked:
-        raise ValueError("label_smoothing_factor does not work with causal multipole models: Trainer would not shift their labels")
     train, held_out, held_out_texts = build_rows(*texts, data_args, args, tokenizer)
     curve_rows = held_out.select(range(min(data_args.eval_rows, len(held_out))))
     lengths = {length: recut(curve_rows, length) for length in data_args.eval_context_lengths or ()}
@@ -192,6 +192,8 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     folder, causal, data_args, held_out = Path(trainer.args.output_dir), trainer.causal, given["data_args"], given["held_out"]
     model = trainer.accelerator.unwrap_model(trainer.model)
     multipole = isinstance(model.config, MultipoleConfig)
+    runs = model.config._attn_implementation in STATE_IMPLEMENTATIONS
+    kinds = set(model.config.layer_types) if multipole else set()
     if multipole:
         add_code(model, folder)
     names = ("bits_per_byte", "perplexity", "token_accuracy") if causal else ("loss", "perplexity", "masked_accuracy")
@@ -213,8 +215,7 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
             plot_curves({"this model": points}, baselines, folder / "loss_curve.png", unit)
         # A sharded model runs on all processes or not at all.
         whole = not trainer.is_fsdp_enabled
-        kinds = set(model.config.layer_types) if multipole else set()
-        if whole and kinds & set(MULTIPOLE_LAYERS) and model.config._attn_implementation in ("multipole", "multipole_linear"):
+        if whole and kinds & set(MULTIPOLE_LAYERS) and runs:
             # Tensor layers weigh tuples of tokens, and linear ones share weights: no picture.
             if kinds <= {"multipole_attention", "full_attention"}:
                 images["attention pattern"] = "attention.png"
@@ -231,7 +232,7 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     card = {
         "title": folder.name,
         "causal": causal,
-        "multipole": multipole or bool(getattr(model.config, "multipole", None)),
+        "multipole": runs and (not multipole or bool(kinds & set(MULTIPOLE_LAYERS))),
         "code": multipole,
         "data": data,
         "dataset": data_args.dataset_name if data_args.dataset_name and not Path(data_args.dataset_name).exists() else None,

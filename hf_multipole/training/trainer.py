@@ -177,7 +177,8 @@ class LanguageModelTrainer(Trainer):
 
 def _first(logits) -> torch.Tensor:
     """The logits, where a model returns more than them."""
-    return logits[0] if isinstance(logits, tuple) else logits
+    # Models with experts give the loss of their routers first.
+    return next(x for x in logits if isinstance(x, torch.Tensor) and x.dim() == 3) if isinstance(logits, tuple) else logits
 
 
 def _line(error: BaseException) -> str:
