@@ -67,6 +67,16 @@ def test_what_is_farther_away(far_bias_init):
     assert influence(extend_context(model, LONG)) > 1e-6
 
 
+def test_stock_models_without_learned_parts():
+    """Their configuration states the length of training, too."""
+    config = copy.deepcopy(stock.DECODERS["llama"])
+    config.max_position_embeddings, config.num_hidden_layers = SHORT, 1
+    model = stock.build(config)
+    assert influence(model) == 0
+    model.config.max_position_embeddings = LONG
+    assert influence(model) > 1e-6
+
+
 def test_training_extends_what_it_starts_from(tmp_path):
     own(vocab_size=384).save_pretrained(tmp_path / "own")
     for context, stated in ((SHORT // 2, SHORT), (LONG, LONG)):

@@ -9,6 +9,7 @@ from transformers.modeling_utils import AttentionInterface
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options, has_tensor_options
+from .far_field import silence_untrained
 from .hierarchy import level_count
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
@@ -103,10 +104,16 @@ def _options(module, query, length: int, softcap, scale, key_summary=None) -> di
     heads = getattr(far_field, "heads", query.shape[1])
     if heads != query.shape[1]:
         raise ValueError(f"the far field was learned for {heads} heads, but here are {query.shape[1]}: tensor parallelism is not supported")
+    levels = level_count(length, options["block_size"])
+    if far_field is None:
+        stated = getattr(module.config, "max_position_embeddings", None)
+        far_bias = silence_untrained(None, heads, levels, stated, options["block_size"], query.device)
+    else:
+        far_bias = far_field(levels, query.device)
     return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
         "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
         "value_summary": getattr(far_field, "value_summary", None),
-        "far_bias": None if far_field is None else far_field(level_count(length, options["block_size"]), query.device),
+        "far_bias": far_bias,
         "softcap": softcap,
         "scale": scale,
     }

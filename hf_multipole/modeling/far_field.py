@@ -14,6 +14,25 @@ logger = logging.get_logger(__name__)
 SILENT = -1e4
 
 
+def silence_untrained(
+    far_bias: torch.Tensor | None, heads: int, levels: int, max_length: int | None, block_size: int, device: torch.device
+) -> torch.Tensor | None:
+    """The bias of the far logits of rows with so many ``levels``: ``far_bias`` ``(heads, levels)``, or None for none, and beyond the levels
+    that rows of ``max_length`` tokens have, those of training, one that leaves nothing.
+
+    The distances there are new to queries and keys, and what answers to them would drown the rest.
+    """
+    if max_length is None or levels <= (trained := level_count(max_length, block_size)):
+        return far_bias
+    logger.warning_once(
+        f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
+        "multipole attention. hf_multipole.extend_context(model, tokens), or config.max_position_embeddings of a model without learned "
+        "parts, makes it a model for longer rows, to be trained on them"
+    )
+    bias = torch.zeros(heads, trained, device=device) if far_bias is None else far_bias[:, :trained]
+    return nn.functional.pad(bias.to(compute_dtype(bias.dtype)), (0, 1), value=SILENT)
+
+
 class LearnedPart(nn.Module):
     """What a converted model has more than the stock one. Its ``reset_parameters`` fills what a checkpoint lacks."""
 
@@ -36,8 +55,8 @@ class FarField(LearnedPart):
     options: as from :func:`attention_options`. max_length: tokens of the rows that it is trained on, which direct summaries cannot
     exceed; None where that is not known. queries: whether queries are summarised, too (bidirectional O(n)).
 
-    On longer rows, the levels that training never had are silent: attention reaches as far as in training. The distances are new to
-    queries and keys there, and what answers to them drowns the rest. :func:`extend_context` lets them be trained.
+    On longer rows, the levels that training never had are silent: attention reaches as far as in training. :func:`extend_context` lets
+    them be trained.
     """
 
     def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int | None, queries: bool = False):
@@ -73,23 +92,11 @@ class FarField(LearnedPart):
         if self.far_bias is not None:
             init.constant_(self.far_bias, self.far_bias_init)
 
-    @property
-    def trained(self) -> int | None:
-        """Levels that rows of training have, or None where their length is not known."""
-        return None if self.max_length is None else level_count(self.max_length, self.block_size)
-
     def forward(self, levels: int, device: torch.device) -> torch.Tensor | None:
         """The bias of the far logits of rows with so many levels, or None: ``(heads, levels)``, or fewer, the last one then being that
         of all further levels. By a call, for that is when offloaded parameters are fetched.
         """
-        if self.trained is None or levels <= self.trained:
-            return self.far_bias
-        logger.warning_once(
-            f"a row is longer than those of training, {self.max_length} tokens (max_position_embeddings): what is farther away takes no "
-            "part in multipole attention. hf_multipole.extend_context(model, tokens) makes a model for longer rows, to be trained on them"
-        )
-        bias = torch.zeros(self.heads, self.trained, device=device) if self.far_bias is None else self.far_bias[:, : self.trained]
-        return nn.functional.pad(bias.to(compute_dtype(bias.dtype)), (0, 1), value=SILENT)
+        return silence_untrained(self.far_bias, self.heads, levels, self.max_length, self.block_size, device)
 
     @torch.no_grad()
     def extend(self, max_length: int) -> None:
@@ -97,7 +104,7 @@ class FarField(LearnedPart):
         for summary in self.summaries:
             summary.extend(max_length)
         self.max_length = max_length
-        if self.far_bias is not None and (missing := self.trained - self.far_bias.shape[1]) > 0:
+        if self.far_bias is not None and (missing := level_count(max_length, self.block_size) - self.far_bias.shape[1]) > 0:
             last = self.far_bias[:, -1:].expand(-1, missing)
             self.far_bias = nn.Parameter(torch.cat([self.far_bias, last], 1), self.far_bias.requires_grad)
 
