@@ -310,8 +310,14 @@ def student_t(freedom: int, share: float = 0.975) -> float:
 
 
 def pooled(values: dict[str, list[float]]) -> tuple[float, int] | None:
-    """Standard deviation within the rows, pooled over those with two seeds or more, and its degrees of freedom."""
+    """Standard deviation within the rows, pooled over those with two seeds or more, and its degrees of freedom.
+
+    Rows that vary by less than a fifth of what the most varying row does are left out: they are almost the same model as the one that they
+    are compared with, and say little of chance.
+    """
     several = [row for row in values.values() if len(row) > 1]
+    most = max(map(statistics.variance, several), default=0.0)
+    several = [row for row in several if statistics.variance(row) >= most / 25]
     freedom = sum(len(row) - 1 for row in several)
     if not freedom:
         return None
@@ -461,7 +467,7 @@ def write_report(name: str, command: str, runs: list[Run], rows: list[str], reco
 
 {len(found)} of {len(runs)} runs are done, on {info["processor"]} ({info["cores"]} cores, torch {info["torch"]}). Figures are means over
 seeds ± their standard deviation, on held-out text, at the end of training. Differences are means over the seeds that both rows have; in
-bold, larger than chance makes them in 95 % of comparisons. "Second half": bits a token in the second half of the context. "Last fall":
+bold, larger than chance makes them in 95 % of comparisons, so that of twenty rows that do not differ one is in bold. "Second half": bits a token in the second half of the context. "Last fall":
 how much of the held-out loss the last quarter of the steps took away; where that is little, longer training would give little. "s a
 step" is the median of the steps' own time, "CPU s" of their processor time, and of these the median over seeds; where runs share a
 processor, the latter compares them. Peak memory is the whole process's, or on CUDA that of the tensors.

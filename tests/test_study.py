@@ -161,7 +161,7 @@ def test_student_t(freedom, value):
 
 def test_what_can_be_told_apart(tmp_path):
     """Differences at equal seeds; s pooled over rows with several of them, and bold where a mean is beyond t s / sqrt(seeds)."""
-    values = {"first": [1.0, 1.1, 1.2], "near": [1.01, 1.13, 1.22], "far": [1.05], "apart": [2.0, 2.1, 2.2]}
+    values = {"first": [1.0, 1.1, 1.2], "near": [1.01, 1.13, 1.22], "far": [1.05], "apart": [2.0, 2.12, 2.2], "same": [1.001, 1.101, 1.201]}
     common = {"parameters": 10, "seconds_per_step": 0.5, "cpu_seconds_per_step": 0.4, "peak_memory": 2e6}
     common |= {"curve": [{"step": step, "bits": 3 - 0.1 * step} for step in (4, 8, 16)]}
     common |= {"by_position": [{"from": 0, "to": 8, "loss": 9.0}, {"from": 8, "to": 14, "loss": 2.0}, {"from": 14, "to": 16, "loss": 4.0}]}
@@ -170,8 +170,10 @@ def test_what_can_be_told_apart(tmp_path):
         for row, several in values.items()
     }
     apart = study.differences(rows, "first", "bits_per_byte")
-    assert apart == {"near": pytest.approx([0.01, 0.03, 0.02]), "far": pytest.approx([0.05]), "apart": pytest.approx([1.0] * 3)}
-    s = math.sqrt(2 * 0.01**2 / 4)  # those of near are 0.01 apart, the others not at all
+    expected = {"near": [0.01, 0.03, 0.02], "far": [0.05], "apart": [1.0, 1.02, 1.0], "same": [0.001] * 3}
+    assert apart == {row: pytest.approx(several) for row, several in expected.items()}
+    # Variances of near and apart; "same" does not vary at all, and is left out.
+    s = math.sqrt((2 * 0.01**2 + 2 * 0.02**2 / 3) / 4)
     assert study.pooled(apart) == (pytest.approx(s), 4)
     text = study.table(rows, "first", "bits_per_byte")
     one, three = 2.77645 * s, 2.77645 * s / math.sqrt(3)
@@ -180,8 +182,8 @@ def test_what_can_be_told_apart(tmp_path):
     assert (
         f"| far | 1.0500 | 1 | **+0.0500** | 2.100 | {2.5 / math.log(2):.3f} | {100 * (1 - 1.4 / 1.8):.1f} | 10 | 0.5 | 0.4 | 2 |" in text
     )
-    rows["near"] = rows["near"][1:2]
-    rows["apart"] = rows["apart"][:1]
+    for row in ("near", "apart", "same"):
+        rows[row] = rows[row][:1]
     assert "counts from" not in study.table(rows, "first", "bits_per_byte")
     rows["first"] = rows["first"][2:]
     assert "| near | 1.1300 | 1 |  |" in study.table(rows, "first", "bits_per_byte")  # no seed in common
