@@ -467,10 +467,11 @@ def write_report(name: str, command: str, runs: list[Run], rows: list[str], reco
 
 {len(found)} of {len(runs)} runs are done, on {info["processor"]} ({info["cores"]} cores, torch {info["torch"]}). Figures are means over
 seeds ± their standard deviation, on held-out text, at the end of training. Differences are means over the seeds that both rows have; in
-bold, larger than chance makes them in 95 % of comparisons, so that of twenty rows that do not differ one is in bold. "Second half": bits a token in the second half of the context. "Last fall":
-how much of the held-out loss the last quarter of the steps took away; where that is little, longer training would give little. "s a
-step" is the median of the steps' own time, "CPU s" of their processor time, and of these the median over seeds; where runs share a
-processor, the latter compares them. Peak memory is the whole process's, or on CUDA that of the tensors.
+bold, larger than chance makes them in 95 % of comparisons, so that of twenty rows that do not differ one is in bold. "Second half": bits a
+token in the second half of the context. "Last fall": how much of the held-out loss the last quarter of the steps took away; where that is
+little, longer training would give little. "s a step" is the median of the steps' own time, "CPU s" of their processor time, and of these
+the median over seeds; where runs share a processor, the latter compares them. Peak memory is the whole process's, or on CUDA that of the
+tensors.
 """
     part = path.with_name(path.name + ".part")
     part.write_text("\n".join([text, *(section + "\n" for section in sections)]))
