@@ -179,8 +179,7 @@ Bits per byte on {EVALUATED:,} held-out bytes, one seed:
 At the trained context the fine-tuned multipole model is {100 * (multipole / exact - 1):+.2f} % from the exact one. What exact attention
 gains over the near field alone ({near:.3f} to {exact:.3f}) is what the far context is worth here; the {near - multipole:.3f} that
 multipole attention gains are of one seed, and too little to be told from chance. No model was trained beyond {CONTEXT:,} positions: at
-{LONG:,} rotary angles are new to all of them. Multipole attention leaves out the levels that training never had, but not in the untrained
-model, which has no learned parts that could tell.
+{LONG:,} rotary angles are new to all of them, and multipole attention leaves out the levels of groups that training never had.
 Training losses (left) are of rows that the first training has partly seen.
 
 ![training after the conversion, and the error of untrained means]({picture})

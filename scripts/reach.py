@@ -34,8 +34,6 @@ from hf_multipole.training.report import plot_reach, write_figures
 BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
 BRIDGED = 2 * BLOCK_SIZE * LAYERS  # tokens: further than near fields reach, one on top of the other
 EXACT = {"layer_types": ["full_attention"] * LAYERS}
-# No rotation: angles that are as good as 0.
-UNROTATED = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e9}}
 
 
 class Kind(NamedTuple):
@@ -45,7 +43,6 @@ class Kind(NamedTuple):
 
 KINDS = {
     "full attention": Kind(EXACT),
-    "full attention, ALiBi": Kind(EXACT | UNROTATED, "peer_alibi"),
     "near field only": Kind({"summary": "mean", "far_bias_init": -10000.0}),
     "multipole": Kind({"far_bias_init": 0.0}),
     # Two tokens in a summary of the first level instead of eight.
