@@ -256,7 +256,7 @@ def test_conversion(texts, stock, tmp_path, monkeypatch):
         calls.append((kind, block_size, rank))
         return model
 
-    monkeypatch.setattr("hf_multipole.convert", convert, raising=False)
+    monkeypatch.setattr("hf_multipole.training.models.convert", convert)
     options = ["--model_name_or_path", stock, "--convert", "{block_size: 8, rank: 2}"]
     train(arguments(texts, tmp_path / "run", *STEPS, *options, config=None))
     assert calls == [("multipole", 8, 2)]
