@@ -41,7 +41,7 @@ def test_tensor_tradeoff(tmp_path):
     record = json.loads((tmp_path / "out" / "tensor-tradeoff.json").read_text())
     assert {job["degree"] for job in record["times"]} >= {None, 4} and all(job["seconds"] > 0 for job in record["times"])
     assert "| 3 | 1 | 1 | 4 | 15 | float32 | 5.0e-04 |" in printed
-    assert "| 3 | 3 | 27 | none: delta is 1 even at degree 24 |" in printed and "none: exp of such scores overflows" in printed
+    assert "| 3 | 3 | 27 | none: delta is 1 even at degree 24 |" in printed and "none: scores beyond 80 are refused" in printed
     run("tensor_tradeoff.py", *sizes, "--bounds", 0.5, "--report", "again.md", cwd=tmp_path)
     assert "| 3 | 0.5 | 0.125 | 2 | 6 | float32 |" in (tmp_path / "again.md").read_text()
     assert json.loads((tmp_path / "out" / "tensor-tradeoff.json").read_text()) == record
