@@ -30,12 +30,9 @@ def effective_weights(summary, head: int, level: int, block_size: int, rank: int
         linear = summary.tokens[head].double()
         share = shares(linear)
         merge = summary.merge[head].double()  # (rank, 2 * rank, dim)
-        merge_share, enlarged = shares(merge), merge.abs().sum(1, keepdim=True)
-        for merged in range(2, level + 1):
-            # Levels that a row of max_length does not have: nothing is enlarged.
-            untrained = summary.max_length is not None and summary.max_length <= 2 * block_size * 2 ** (merged - 1)
-            used = torch.where(untrained & (enlarged > 1), merge / enlarged, merge)
-            halves = used[:, :rank], used[:, rank:]
+        merge_share = shares(merge)
+        for _ in range(2, level + 1):
+            halves = merge[:, :rank], merge[:, rank:]
             linear = torch.cat([torch.einsum("rsc,stc->rtc", half, linear) for half in halves], 1)
             halves = merge_share[:, :rank], merge_share[:, rank:]
             share = torch.cat([torch.einsum("rsc,stc->rtc", half, share) for half in halves], 1)
@@ -101,6 +98,7 @@ def multipole_attention_reference(
     segment_ids=None,
     size_weighting=True,
     far_bias=None,
+    max_levels=None,
     softcap=None,
     downsample_queries=False,
     causal_queries="first",
@@ -144,7 +142,7 @@ def multipole_attention_reference(
 
                 summaries = []  # (first token, width, level, rank keys, rank values, rank counts)
                 level, width = 1, block_size
-                while size > 2 * width:
+                while size > 2 * width and (max_levels is None or level <= max_levels):
                     key_maps = effective_weights(key_summary, kv, level, block_size, rank)
                     value_maps = effective_weights(value_summary, kv, level, block_size, rank)
                     for first in range(0, size, width):
@@ -195,7 +193,7 @@ def multipole_attention_reference(
     output = torch.stack(rows).view(batch, heads, n_q, -1)
     if not return_weights:
         return output
-    levels = [block_size * 2**l for l in range(int(math.log2(n)) + 1) if n > 2 * block_size * 2**l]
+    levels = [block_size * 2**l for l in range(int(math.log2(n)) + 1) if n > 2 * block_size * 2**l][:max_levels]
     dense = torch.zeros(batch, heads, n, n + rank * sum(-(-n // width) for width in levels), dtype=torch.float64)
     for (b, h, t), (columns, weights) in all_weights.items():
         dense[b, h, t, columns] = weights

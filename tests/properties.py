@@ -40,9 +40,9 @@ class Case:
     value_dim: int = 3
     causal: bool = True
     summary: str = "mean"  # or "direct", "hierarchical", with random weights
-    trained: int | None = None  # tokens of the rows that hierarchical summaries were trained on; None for any
     size_weighting: bool = True
     bias_levels: int = 0  # columns of far_bias; 0 for none
+    max_levels: int | None = None
     softcap: float | None = None
     far_keys: bool = False
     downsample: bool = False  # the O(n) form; with learned summaries of the queries where it is bidirectional and others are learned
@@ -77,7 +77,7 @@ class Call:
         return {"out": out.detach()} | dict(zip(self.leaves, gradients))
 
     def visible(self) -> torch.Tensor:
-        """``(batch, queries, n)`` bool, from the definition: one document, both real, not later."""
+        """``(batch, queries, n)`` bool, from the definition: one document, both real, not later, within the reach of the levels."""
         batch, n = self.leaves["k"].shape[0], self.leaves["k"].shape[2]
         queries = self.leaves["q"].shape[2]
         real = self.options.get("attention_mask")
@@ -86,6 +86,11 @@ class Call:
         if self.options.get("segment_ids") is not None:
             ids = self.options["segment_ids"].cpu()
             visible &= ids[:, :, None] == ids[:, None]
+        if self.options["max_levels"] is not None:
+            # Groups of the last level are seen beside the own pair of them.
+            place = (visible & torch.ones(n, n, dtype=torch.bool).tril(-1)).sum(-1)
+            pair = place // (self.options["block_size"] << self.options["max_levels"])
+            visible &= (pair[:, :, None] - pair[:, None]).abs() <= 1
         if self.options["causal"]:
             visible &= torch.ones(n, n, dtype=torch.bool).tril()
         return visible[:, n - queries :]
@@ -158,6 +163,7 @@ def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | No
         rank=case.rank,
         causal=case.causal,
         size_weighting=case.size_weighting,
+        max_levels=case.max_levels,
         softcap=case.softcap,
         downsample_queries=case.downsample,
         attention_mask=None if mask is None else mask.to(device),
@@ -168,8 +174,8 @@ def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | No
     for name, width, own in parts:
         if case.summary != "mean":
             kind = {"direct": DirectSummary, "hierarchical": HierarchicalSummary}[case.summary]
-            length = case.n if case.summary == "direct" else case.trained
-            options[name] = kind(case.block_size, case.rank, own, width, length).to(device, of_weights(dtype))
+            length = (case.n,) if case.summary == "direct" else ()
+            options[name] = kind(case.block_size, case.rank, own, width, *length).to(device, of_weights(dtype))
             for parameter, weight in options[name].named_parameters():
                 with torch.no_grad():
                     weight.copy_(leaf(weight.detach().double().cpu() + 0.3 * normal(*weight.shape), of_weights))
@@ -419,9 +425,9 @@ def cases(draw, dtypes=(torch.float64,), n=st.integers(1, 40), summaries=("mean"
         value_dim=draw(st.sampled_from([1, 2, 5])),
         causal=draw(st.booleans()),
         summary=draw(st.sampled_from(summaries)),
-        trained=draw(st.sampled_from([None, n // 3])),
         size_weighting=draw(st.booleans()),
         bias_levels=draw(st.integers(0, 2)),
+        max_levels=draw(st.sampled_from([None, None, 0, 1, 2])),
         softcap=draw(st.sampled_from([None, None, 1.5])),
         far_keys=draw(st.booleans()),
         padding=padding,

@@ -94,17 +94,16 @@ def test_low_precision_is_as_good_as_the_full_forward(kind, dtype):
 @pytest.mark.parametrize(
     "kind", [{}, {"summary": "mean"}, {"rotate_summaries": True}, {"layer_types": LINEAR}, {"far_bias_init": None}], ids=str
 )
-@pytest.mark.parametrize("trained", [2 * BLOCK, 8 * BLOCK])
-def test_beyond_the_trained_length(trained, kind, chunks):
-    """No level was trained, or two of four; the merge enlarges, but not at levels that were not trained."""
-    model = build(max_position_embeddings=trained, **kind)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(2 if name.endswith("merge") else 1)
+@pytest.mark.parametrize(("trained", "levels"), [(2 * BLOCK, 0), (8 * BLOCK, 2), (None, 4)])
+def test_beyond_the_trained_length(trained, levels, kind, chunks):
+    """No level was trained, or two of four; or it is not known, and levels are added as the rows grow."""
+    model = build(max_position_embeddings=trained or 8 * BLOCK, **kind)
+    for layer in model.model.layers:
+        layer.self_attn.far_field.max_length = trained
     ids = tokens(n=150)
     logits, cache = run(model, ids, chunks)
     torch.testing.assert_close(logits, model(ids, use_cache=False).logits, **CLOSE)
-    assert all(state.levels == 4 for state in states(cache))
+    assert all(state.levels == levels for state in states(cache))
     # Rows of different lengths outgrow the levels at different times.
     mask = torch.ones(3, 150, dtype=torch.long)
     mask[1, :45], mask[2, :85] = 0, 0

@@ -15,7 +15,6 @@ from transformers.modeling_utils import AttentionInterface
 from hf_multipole import MultipoleCache, MultipoleForCausalLM, MultipoleForMaskedLM, convert, revert
 from hf_multipole.modeling import attention_functions
 from hf_multipole.modeling.far_field import FarField
-from hf_multipole.modeling.hierarchy import level_count
 from hf_multipole.reference import multipole_attention_reference
 
 LINEAR = ["multipole_linear_attention"] * 2
@@ -61,7 +60,7 @@ def test_own_layers_run_the_definition(monkeypatch, causal, side):
             key_summary=far_field.key_summary,
             value_summary=far_field.value_summary,
             query_summary=far_field.query_summary,
-            far_bias=far_field(level_count(key.shape[2], BLOCK), key.device),
+            far_bias=far_field(),
             downsample_queries=True,
         )
         torch.testing.assert_close(out, expected, **CLOSE)

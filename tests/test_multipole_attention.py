@@ -39,7 +39,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 EVERY = (torch.float64, *LOW)
 
 # One of everything: ragged, grouped heads, fewer bias columns than levels, a cap, other keys for the far field.
-FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical", trained=20)
+FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical")
 PADDED = ((5, 3), (0, 16))
 SHAPES = {
     "plain": {},
@@ -548,6 +548,8 @@ REFUSED = {
     "negative block size": ({"block_size": -4}, ValueError, "block_size is -4"),
     "fractional block size": ({"block_size": 4.0}, ValueError, "block_size is 4.0"),
     "truth as rank": ({"rank": True}, ValueError, "rank is True"),
+    "levels below none": ({"max_levels": -1}, ValueError, "max_levels is -1"),
+    "levels that are no number": ({"max_levels": 1.0}, ValueError, "max_levels is 1.0"),
     "bias that is no tensor": ({"far_bias": -6.0}, TypeError, "far_bias is float"),
     "mask that is no tensor": ({"attention_mask": [[1]]}, TypeError, "attention_mask is list"),
     "scale that is no number": ({"scale": float("nan")}, ValueError, "scale is nan"),

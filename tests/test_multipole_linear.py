@@ -34,7 +34,7 @@ from hf_multipole.modeling.summaries import HierarchicalSummary
 from hf_multipole.reference import multipole_attention_reference
 
 # One of everything, four levels.
-FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical", trained=20, downsample=True)
+FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical", downsample=True)
 
 
 def linear_cases(**options):

@@ -65,7 +65,7 @@ CASES = {
     "no size weighting, no cap": replace(FULL, n=9, size_weighting=False, softcap=None, bias_levels=0, far_keys=False, summary="mean"),
     "direct, ragged": replace(FULL, n=21, block_size=4, rank=2, causal=False, summary="direct", size_weighting=False),
     "whole tiles": replace(FULL, n=70, block_size=16, rank=4, dim=16, value_dim=32, repeats=1),
-    "levels that were not trained": replace(FULL, repeats=1, trained=6),
+    "fewer levels than the row has": replace(FULL, repeats=1, max_levels=1),
     "O(n) form": replace(FULL, repeats=1, downsample=True),
     "O(n) form, packed, bidirectional": replace(FULL, repeats=1, causal=False, downsample=True, **PACKED),
     "several tiles a block, causal": replace(FULL, n=160, block_size=100, rank=4, repeats=1),

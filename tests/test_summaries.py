@@ -8,7 +8,7 @@ from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, 
 from hf_multipole.reference import effective_weights, segment_means, summarise
 
 BLOCK_SIZE, RANK, HEADS, DIM, LENGTH = 4, 2, 2, 3, 64
-KINDS = ["mean", "direct", "hierarchical", "hierarchical, short rows"]  # in training, that is
+KINDS = ["mean", "direct", "hierarchical"]
 
 
 def build(kind: str, random: bool = True, dtype=torch.float64) -> MeanSummary:
@@ -17,7 +17,6 @@ def build(kind: str, random: bool = True, dtype=torch.float64) -> MeanSummary:
         "mean": lambda: MeanSummary(BLOCK_SIZE, RANK),
         "direct": lambda: DirectSummary(BLOCK_SIZE, RANK, HEADS, DIM, LENGTH),
         "hierarchical": lambda: HierarchicalSummary(BLOCK_SIZE, RANK, HEADS, DIM),
-        "hierarchical, short rows": lambda: HierarchicalSummary(BLOCK_SIZE, RANK, HEADS, DIM, LENGTH // 4),
     }[kind]().to(dtype)
     if random:
         for weight in summary.parameters():
@@ -56,23 +55,6 @@ def test_summaries_masses_and_counts_are_as_defined(kind, n):
     if n % width == 0:
         for without, full in zip(summary(x, None, levels), summary(x, torch.ones(1, n, dtype=torch.bool), levels)):
             torch.testing.assert_close(without, full)
-
-
-def test_levels_that_training_never_had_enlarge_nothing():
-    """A merge that enlarges, 20 levels of it; one that does not is left as it is."""
-    summary, free = build("hierarchical, short rows", random=False), build("hierarchical", random=False)
-    levels, trained = 20, level_count(LENGTH // 4, BLOCK_SIZE)
-    x = torch.ones(1, HEADS, BLOCK_SIZE << levels - 1, DIM, dtype=torch.float64)
-    for enlarges in (1.5, 0.75):
-        with torch.no_grad():
-            for each in (summary, free):
-                each.merge.copy_(enlarges * each.start(each.merge))
-        bounded, unbounded = (each(x, None, levels) for each in (summary, free))
-        assert 0 < trained < levels
-        for level in range(1, levels + 1):
-            grown = level - 1 if enlarges < 1 else min(level, trained) - 1
-            torch.testing.assert_close(bounded[level - 1], torch.full_like(bounded[level - 1], enlarges**grown))
-            torch.testing.assert_close(unbounded[level - 1], torch.full_like(unbounded[level - 1], enlarges ** (level - 1)))
 
 
 def test_counts_of_means_are_numbers_of_tokens():

@@ -9,8 +9,7 @@ from transformers.modeling_utils import AttentionInterface
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options, has_tensor_options
-from .far_field import silence_untrained
-from .hierarchy import level_count
+from .far_field import trained_levels
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
 from .tensor_attention import check_options, document_attention
@@ -42,9 +41,7 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
         raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    # The state makes room for the token after these, too.
-    options = _options(module, q, mask.length + 1, softcap, scale)
-    options["max_length"] = getattr(module.config, "max_position_embeddings", None) or 1
+    options = _options(module, q, mask.length, softcap, scale)
     return layer.attend(q, k, v, mask.new_tokens, rotary=rotary, downsample_queries=downsample_queries, **options)
 
 
@@ -104,16 +101,15 @@ def _options(module, query, length: int, softcap, scale, key_summary=None) -> di
     heads = getattr(far_field, "heads", query.shape[1])
     if heads != query.shape[1]:
         raise ValueError(f"the far field was learned for {heads} heads, but here are {query.shape[1]}: tensor parallelism is not supported")
-    levels = level_count(length, options["block_size"])
     if far_field is None:
-        stated = getattr(module.config, "max_position_embeddings", None)
-        far_bias = silence_untrained(None, heads, levels, stated, options["block_size"], query.device)
+        max_levels = trained_levels(length, getattr(module.config, "max_position_embeddings", None), options["block_size"])
     else:
-        far_bias = far_field(levels, query.device)
+        max_levels = far_field.levels(length)
     return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
         "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
         "value_summary": getattr(far_field, "value_summary", None),
-        "far_bias": far_bias,
+        "far_bias": None if far_field is None else far_field(),
+        "max_levels": max_levels,
         "softcap": softcap,
         "scale": scale,
     }
@@ -255,7 +251,7 @@ def multipole_attention_forward(
         **_options(module, query, longest, softcap, scaling, key_summary),
     )
     if torch.is_grad_enabled() and hasattr(module, "far_field"):
-        out = module.far_field.keep_in_graph(out, level_count(longest, attention_mask.block_size))
+        out = module.far_field.keep_in_graph(out, longest)
     return out.transpose(1, 2).contiguous(), weights
 
 

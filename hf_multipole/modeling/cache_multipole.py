@@ -18,7 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_multipole import attention_options
-from .hierarchy import check_rows, level_count
+from .hierarchy import check_rows
 from .state_linear import LinearState
 from .state_multipole import MultipoleState
 from .summaries import DirectSummary, MeanSummary
@@ -134,19 +134,20 @@ class _StateLayer:
             )
 
     def attend(
-        self, q, k, v, new, *, block_size, rank, key_summary, value_summary, max_length, rotary, downsample_queries, **options
+        self, q, k, v, new, *, block_size, rank, key_summary, value_summary, max_levels, rotary, downsample_queries, **options
     ) -> torch.Tensor:
         """:meth:`MultipoleState.attend`, after making the state where there is none yet."""
         direct = isinstance(key_summary, DirectSummary)
         self.check_model(block_size, rank, direct, downsample_queries)
         state = self.state
         if state is None:
-            levels = max(0 if direct else 1, level_count(max_length, block_size))
+            # Room for those of training; where these are not known, it grows.
+            levels = len(key_summary.levels) if direct else 1 if max_levels is None else max_levels
             arguments = (k, v, block_size, rank, levels, self.rollback, direct, rotary is not None)
             state = LinearState(q, *arguments) if downsample_queries else MultipoleState(*arguments)
         means = MeanSummary(block_size, rank)
         summaries = {"key_summary": key_summary or means, "value_summary": value_summary or means}
-        out = state.attend(q, k, v, new, rotary=rotary, **summaries, **options)
+        out = state.attend(q, k, v, new, rotary=rotary, max_levels=max_levels, **summaries, **options)
         self.state, self.is_initialized = state, True
         return out
 

@@ -10,27 +10,23 @@ from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_
 
 logger = logging.get_logger(__name__)
 
-# A bias that leaves a summary no weight, in any dtype.
-SILENT = -1e4
 
-
-def silence_untrained(
-    far_bias: torch.Tensor | None, heads: int, levels: int, max_length: int | None, block_size: int, device: torch.device
-) -> torch.Tensor | None:
-    """The bias of the far logits of rows with so many ``levels``: ``far_bias`` ``(heads, levels)``, or None for none, and beyond the levels
-    that rows of ``max_length`` tokens have, those of training, one that leaves nothing.
+def trained_levels(length: int, max_length: int | None, block_size: int) -> int | None:
+    """Levels of groups that rows of ``max_length`` tokens have, those of training; None where that is not known. Rows of ``length`` tokens
+    that have more are told of, once: they are to do without.
 
     The distances there are new to queries and keys, and what answers to them would drown the rest.
     """
-    if max_length is None or levels <= (trained := level_count(max_length, block_size)):
-        return far_bias
-    logger.warning_once(
-        f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
-        "multipole attention. hf_multipole.extend_context(model, tokens), or config.max_position_embeddings of a model without learned "
-        "parts, makes it a model for longer rows, to be trained on them"
-    )
-    bias = torch.zeros(heads, trained, device=device) if far_bias is None else far_bias[:, :trained]
-    return nn.functional.pad(bias.to(compute_dtype(bias.dtype)), (0, 1), value=SILENT)
+    if max_length is None:
+        return None
+    levels = level_count(max_length, block_size)
+    if level_count(length, block_size) > levels:
+        logger.warning_once(
+            f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
+            "multipole attention. hf_multipole.extend_context(model, tokens), or config.max_position_embeddings of a model without learned "
+            "parts, makes it a model for longer rows, to be trained on them"
+        )
+    return levels
 
 
 class LearnedPart(nn.Module):
@@ -55,8 +51,7 @@ class FarField(LearnedPart):
     options: as from :func:`attention_options`. max_length: tokens of the rows that it is trained on, which direct summaries cannot
     exceed; None where that is not known. queries: whether queries are summarised, too (bidirectional O(n)).
 
-    On longer rows, the levels that training never had are silent: attention reaches as far as in training. :func:`extend_context` lets
-    them be trained.
+    Longer rows have no more levels than those of training: attention reaches as far. :func:`extend_context` adds levels, to be trained.
     """
 
     def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int | None, queries: bool = False):
@@ -70,7 +65,7 @@ class FarField(LearnedPart):
                 return MeanSummary(block_size, rank)
             if options["summary"] == "direct":
                 return DirectSummary(block_size, rank, heads, head_dim, max_length)
-            return HierarchicalSummary(block_size, rank, heads, head_dim, max_length)
+            return HierarchicalSummary(block_size, rank, heads, head_dim)
 
         self.key_summary, self.value_summary = summary(kv_heads), summary(kv_heads)
         self.query_summary = summary(heads) if queries else None
@@ -92,11 +87,15 @@ class FarField(LearnedPart):
         if self.far_bias is not None:
             init.constant_(self.far_bias, self.far_bias_init)
 
-    def forward(self, levels: int, device: torch.device) -> torch.Tensor | None:
-        """The bias of the far logits of rows with so many levels, or None: ``(heads, levels)``, or fewer, the last one then being that
-        of all further levels. By a call, for that is when offloaded parameters are fetched.
-        """
-        return silence_untrained(self.far_bias, self.heads, levels, self.max_length, self.block_size, device)
+    def forward(self) -> torch.Tensor | None:
+        """The bias of the far logits ``(heads, levels)``, or None. By a call, for that is when offloaded parameters are fetched."""
+        return self.far_bias
+
+    def levels(self, length: int) -> int | None:
+        """Levels that rows of ``length`` tokens may have, or None for all: see :func:`trained_levels`."""
+        # Direct summaries refuse longer rows themselves.
+        direct = isinstance(self.key_summary, DirectSummary)
+        return trained_levels(length, None if direct else self.max_length, self.block_size)
 
     @torch.no_grad()
     def extend(self, max_length: int) -> None:
@@ -108,10 +107,12 @@ class FarField(LearnedPart):
             last = self.far_bias[:, -1:].expand(-1, missing)
             self.far_bias = nn.Parameter(torch.cat([self.far_bias, last], 1), self.far_bias.requires_grad)
 
-    def keep_in_graph(self, out: torch.Tensor, levels: int) -> torch.Tensor:
-        """The output, with zero times the parameters that rows of so few ``levels`` do not use: all processes of a parallel training
-        then have gradients for all parameters, whatever the lengths of their rows.
+    def keep_in_graph(self, out: torch.Tensor, length: int) -> torch.Tensor:
+        """The output, with zero times the parameters that rows of so few tokens, ``length``, do not use: all processes of a parallel
+        training then have gradients for all parameters, whatever the lengths of their rows.
         """
+        levels, trained = level_count(length, self.block_size), self.levels(length)
+        levels = levels if trained is None else min(levels, trained)
         used = [self.far_bias] if levels else []
         for summary in self.summaries:
             if isinstance(summary, DirectSummary):

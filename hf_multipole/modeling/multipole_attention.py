@@ -130,6 +130,7 @@ def aligned_attention(
     causal: bool = True,
     size_weighting: bool = True,
     far_bias=None,
+    max_levels: int | None = None,
     softcap: float | None = None,
     downsample_queries: bool = False,
     scale: float | None = None,
@@ -171,6 +172,7 @@ def aligned_attention(
 
     # A document has no more levels than a row of n tokens, though a packed grid is longer.
     levels = min(level_count(n, block_size), level_count(slots, block_size))
+    levels = levels if max_levels is None else min(levels, max_levels)
     far_k, far_v = ([x.new_zeros(batch, kv_heads, 0, rank, x.shape[-1], dtype=dtype)] for x in (k, v))
     counts, all_of_it = None, {"everything": True, "kernels": kernels}
     if levels:
@@ -342,6 +344,7 @@ def multipole_attention(
     segment_ids: torch.Tensor | None = None,
     size_weighting: bool = True,
     far_bias: torch.Tensor | None = None,
+    max_levels: int | None = None,
     softcap: float | None = None,
     downsample_queries: bool = False,
     scale: float | None = None,
@@ -370,6 +373,8 @@ def multipole_attention(
         segment_ids: ``(batch, n)`` integers: rows packed with documents that do not see each other.
         size_weighting: adds log(c) to the logit of a summary that stands for c tokens.
         far_bias: ``(heads, levels)``, added to the logits of the summaries; the last column serves all further levels.
+        max_levels: levels of groups at most: what is farther away than the last of them reaches takes no part. 0 leaves the near field;
+            None is all levels, a global receptive field.
         softcap: logits become ``softcap * tanh(logits / softcap)``, before size weighting and bias.
         downsample_queries: O(n): at the far levels, tokens share the query of their segment, of which a group has ``rank``: the segment's
             summary, or, causal, the query of its first token, which all of them know. Needs the queries of all tokens.
@@ -388,6 +393,8 @@ def multipole_attention(
     """
     _check_arguments(q, k, v, far_keys, attention_mask, segment_ids, far_bias, softcap, scale, dropout_p)
     check_sizes(block_size, rank)
+    if max_levels is not None and (isinstance(max_levels, bool) or not isinstance(max_levels, int) or max_levels < 0):
+        raise ValueError(f"max_levels is {max_levels!r}, but must be a number of levels, 0 for the near field alone, or None for all")
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}, but must be 'auto', 'torch' or 'triton'")
     if query_summary is not None and (causal or not downsample_queries):
@@ -421,6 +428,7 @@ def multipole_attention(
         causal=causal,
         size_weighting=size_weighting,
         far_bias=far_bias,
+        max_levels=max_levels,
         softcap=softcap,
         downsample_queries=downsample_queries,
         scale=scale,

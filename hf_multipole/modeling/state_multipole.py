@@ -65,6 +65,7 @@ class _Call(NamedTuple):
     new: list[NewTokens]
     size_weighting: bool
     far_bias: torch.Tensor | None
+    max_levels: int | None
     softcap: float | None
     scale: float
     kernels: bool  # the GPU kernels run
@@ -158,7 +159,7 @@ class MultipoleState:
         self._bias = None
 
     def attend(
-        self, q, k, v, new: list[NewTokens], *, key_summary, value_summary, size_weighting, far_bias, softcap, scale, rotary
+        self, q, k, v, new: list[NewTokens], *, key_summary, value_summary, size_weighting, far_bias, max_levels, softcap, scale, rotary
     ) -> torch.Tensor:
         """Takes in new tokens and returns their attention ``(batch, heads, n, value_dim)``, zeros at padding.
 
@@ -174,7 +175,8 @@ class MultipoleState:
             self.select(torch.arange(len(self.rows)))
         sides = (_Side(self.keys, key_summary, rotary), _Side(self.values, value_summary, None))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        call = _Call(sides, new, size_weighting, far_bias, softcap, scale, takes_kernels("auto", q, {"q": q.shape[-1], "v": v.shape[-1]}))
+        kernels = takes_kernels("auto", q, {"q": q.shape[-1], "v": v.shape[-1]})
+        call = _Call(sides, new, size_weighting, far_bias, max_levels, softcap, scale, kernels)
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             if q.shape[2] == 1 and all(x.count for x in new) and not recorded:
@@ -278,7 +280,9 @@ class MultipoleState:
 
     def _grow(self, length: int, call: _Call) -> None:
         """Makes room for every level that the token after ``length`` tokens can see, in any row."""
-        while not self.direct and self.levels < level_count(length + 1, self.block_size):
+        wanted = level_count(length + 1, self.block_size)
+        wanted = wanted if call.max_levels is None else min(wanted, call.max_levels)
+        while not self.direct and self.levels < wanted:
             level = self.levels
             self._bias = None
             with torch.inference_mode(False):
@@ -289,7 +293,7 @@ class MultipoleState:
                 finished = past // (self.block_size << level)
                 for side in call.sides if finished else ():
                     children = self._groups_of(side, rows, level - 1, range(2 * finished))
-                    made = side.summary(None, None, 2, past=Past(0, [children], level), kernels=call.kernels)[0][1]
+                    made = side.summary(None, None, 2, past=Past(0, [children]), kernels=call.kernels)[0][1]
                     self._keep(side, rows, level, finished, self._placed(side, rows, level, finished, made, call.new))
 
     def _extend(self, side: _Side, rows, tokens: torch.Tensor, block: int, call: _Call) -> tuple[list[torch.Tensor], list]:
@@ -299,14 +303,14 @@ class MultipoleState:
         sums after each of the last blocks, which are needed to go back: ``(number of blocks, sums)``. Nothing is kept yet.
         """
         blocks, plain, sums = tokens.shape[2] // self.block_size, side.plain(tokens), []
-        if not self.direct:
+        if self.levels == 0:
+            made = []
+        elif not self.direct:
             levels = sum((block + blocks) >> level > block >> level for level in range(self.levels))
             # The child that the open group of the next level has, if any.
             children = [range((block >> level) // 2 * 2, block >> level) for level in range(levels - 1)]
             held = [self._groups_of(side, rows, level, groups) for level, groups in enumerate(children)]
             made, _ = side.summary(plain, None, levels, past=Past(block, held), kernels=call.kernels)
-        elif self.levels == 0:
-            made = []
         else:
             held = side.store.sums[block % len(side.store.sums)]
             held, pieces = (held if rows is None else held[rows]).unbind(2), []
@@ -388,7 +392,7 @@ class MultipoleState:
 
     def _far_columns(self, n: int, first: int, begins: list[int], counts: list[int], kv_heads: int, call: _Call, device):
         """Rows and bias as from ``far_field``, where of each level ``counts`` groups from ``begins`` on are listed, one after another."""
-        columns = far_columns(n, self.block_size, level_count(n, self.block_size), True, first, device)
+        columns = far_columns(n, self.block_size, len(counts), True, first, device)
         table = [(begin, count, sum(counts[:level])) for level, (begin, count) in enumerate(zip(begins, counts))]
         begin, count, before = torch.tensor(table, device=device).reshape(-1, 3).long()[columns.level - 1].unbind(1)
         row = (columns.first // columns.width - begin).clamp(min=0).minimum(count - 1) + before

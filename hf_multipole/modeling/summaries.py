@@ -162,7 +162,6 @@ class Past(NamedTuple):
 
     block: int  # number of blocks before
     held: list[torch.Tensor]  # what the open groups hold: finished children, a level; of direct summaries: sums, a level
-    level: int = 1  # of the first of these children
 
 
 class MeanSummary(nn.Module):
@@ -183,26 +182,26 @@ class MeanSummary(nn.Module):
         tokens, means = _map(tokens, self.block_size // self.rank, None)
         return tokens, _groups(means, self.rank)
 
-    def _merge(self, children: torch.Tensor, level: int, absolute: bool, kernels: bool = False) -> torch.Tensor:
-        """Summaries ``(batch, heads, groups, 2 * rank, dim)`` of pairs of groups to those of their parents, at ``level`` (2, ...)."""
+    def _merge(self, children: torch.Tensor, absolute: bool, kernels: bool = False) -> torch.Tensor:
+        """Summaries ``(batch, heads, groups, 2 * rank, dim)`` of pairs of groups to those of their parents."""
         return children.unflatten(3, (self.rank, 2)).mean(4)
 
     def _maps(self, tokens: torch.Tensor, levels: int, absolute: bool, kernels: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The tokens, and the linear maps of all levels, not yet divided by the mass; of ``absolute`` shares: the masses."""
         tokens, summaries = self._first(tokens, absolute, kernels)
         out = [summaries]
-        for level in range(2, levels + 1):
-            out.append(self._merge(_groups(out[-1].flatten(2, 3), 2 * self.rank), level, absolute, kernels))
+        for _ in range(2, levels + 1):
+            out.append(self._merge(_groups(out[-1].flatten(2, 3), 2 * self.rank), absolute, kernels))
         return tokens, out
 
     def _extend(self, tokens: torch.Tensor, levels: int, past: Past, kernels: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The groups of each level that ``tokens``, whole blocks or None, finish, and what the open groups hold then."""
         new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, False, kernels)[1]
         out = [new]
-        for level, held in enumerate(past.held[: levels - 1], past.level + 1):
+        for held in past.held[: levels - 1]:
             children = torch.cat([held.to(new.dtype), new], 2)
             pairs = children[:, :, : children.shape[2] // 2 * 2]
-            new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), level, False, kernels)
+            new = self._merge(pairs.unflatten(2, (-1, 2)).flatten(3, 4), False, kernels)
             out.append(new)
         return out, []
 
@@ -270,38 +269,24 @@ class _LearnedSummary(MeanSummary):
 class HierarchicalSummary(_LearnedSummary):
     """Level 1 maps ``block_size`` tokens to ``rank`` summaries; every further level merges the ``2 * rank`` summaries of two
     children with one map shared by all levels (the multipole-to-multipole step). Any length, O(n) in all.
-
-    max_length: tokens of the rows that it is trained on, or None for all. At levels that these do not have, the map of each channel
-    is scaled so that it enlarges nothing: where its absolute weights sum to more than 1, they are divided by their sum. Composed
-    with itself often enough, a map that enlarges anything would grow beyond all bounds.
     """
 
-    def __init__(self, block_size: int, rank: int, heads: int, dim: int, max_length: int | None = None):
+    def __init__(self, block_size: int, rank: int, heads: int, dim: int):
         super().__init__(block_size, rank, heads, dim)
-        self.max_length = max_length
         self.tokens = nn.Parameter(torch.empty(heads, rank, block_size, dim))
         self.merge = nn.Parameter(torch.empty(heads, rank, 2 * rank, dim))
         self.reset_parameters()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, max_length={self.max_length}"
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.tokens.copy_(self.start(self.tokens))
         self.merge.copy_(self.start(self.merge))
 
-    def extend(self, max_length):
-        self.max_length = max_length
-
     def _first(self, tokens, absolute, kernels=False):
         return _map(tokens, self.block_size, _share(self.tokens) if absolute else self.tokens, kernels)
 
-    def _merge(self, children, level, absolute, kernels=False):
+    def _merge(self, children, absolute, kernels=False):
         weight = _share(self.merge) if absolute else self.merge
-        if not absolute and self.max_length is not None and level > level_count(self.max_length, self.block_size):
-            weight = weight.to(compute_dtype(weight.dtype))
-            weight = weight / weight.abs().sum(2, keepdim=True).clamp(min=1)
         if kernels:
             return _map(children.flatten(2, 3), 2 * self.rank, weight, True)[1]
         return (children[:, :, :, None] * weight[:, None]).sum(4)
