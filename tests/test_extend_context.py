@@ -73,15 +73,20 @@ def test_stock_models_without_learned_parts():
     config.max_position_embeddings, config.num_hidden_layers = SHORT, 1
     model = stock.build(config)
     assert influence(model) == 0
-    model.config.max_position_embeddings = LONG
-    assert influence(model) > 1e-6
+    assert influence(extend_context(model, LONG)) > 1e-6 and model.config.max_position_embeddings == LONG
 
 
 def test_training_extends_what_it_starts_from(tmp_path):
+    """Models with multipole attention, that is: with others it is not for us to decide."""
     own(vocab_size=384).save_pretrained(tmp_path / "own")
-    for context, stated in ((SHORT // 2, SHORT), (LONG, LONG)):
-        model = build_model(ModelArguments(model_name_or_path=str(tmp_path / "own")), ByT5Tokenizer(), context, False)
-        assert model.config.max_position_embeddings == stated
+    config = copy.deepcopy(stock.DECODERS["llama"])
+    config.max_position_embeddings, config.vocab_size = SHORT, 384
+    stock.build(config).save_pretrained(tmp_path / "stock")
+    for name, implementation, longer in (("own", None, LONG), ("stock", "multipole", LONG), ("stock", "sdpa", SHORT)):
+        for context, stated in ((SHORT // 2, SHORT), (LONG, longer)):
+            args = ModelArguments(model_name_or_path=str(tmp_path / name), attn_implementation=implementation)
+            model = build_model(args, ByT5Tokenizer(), context, False)
+            assert model.config.max_position_embeddings == stated, (name, implementation)
 
 
 def rotated(**parameters):
@@ -99,8 +104,9 @@ def test_yarn():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: stock.build(stock.DECODERS["llama"]), "LlamaForCausalLM has no far field"),
-        (lambda: own(layer_types=["full_attention"]), "MultipoleForCausalLM has no far field"),
+        (lambda: stock.build(stock.DECODERS["llama"], implementation="sdpa"), "LlamaForCausalLM has no multipole attention"),
+        (lambda: stock.build(stock.DECODERS["gpt2"]), r"learned positions for 256 tokens \(transformer.wpe\)"),
+        (lambda: own(layer_types=["full_attention"]), "MultipoleForCausalLM has no multipole attention"),
         (lambda: llama(summary="direct"), "direct summaries have weights for 64 tokens"),
         (lambda: own(summary="direct"), "direct summaries have weights for 64 tokens"),
         (lambda: convert(stock.build(stock.DECODERS["gpt2"])), r"learned positions for 256 tokens \(transformer.wpe\)"),

@@ -16,8 +16,9 @@ from transformers import BertConfig, BertForMaskedLM, ByT5Tokenizer, LlamaConfig
 
 from hf_multipole import MultipoleForMaskedLM
 from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
-from hf_multipole.training.batches import MaskingCollator, collate, keeps_documents_apart, shorten, warm_length
+from hf_multipole.training.batches import MaskingCollator, collate, shorten, warm_length
 from hf_multipole.training.data import blocks, hold_out, load_texts, pack, recut, stream
+from hf_multipole.training.models import keeps_documents_apart
 
 KINDS = (ModelArguments, DataArguments, RunArguments, TrainingArguments, MaskingArguments)
 TOKENIZER = ByT5Tokenizer()

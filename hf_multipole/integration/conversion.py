@@ -325,6 +325,23 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _multipole_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a model that are multipole attention: with learned parts, or stock ones without."""
+
+    def is_one(module):
+        return _is_stock(module) and uses_interface(module) and KINDS.get(module.config._attn_implementation) == "far_field"
+
+    return [module for module in model.modules() if hasattr(module, "far_field") or is_one(module)]
+
+
+def trained_context(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest rows that the multipole attention of a model was trained on; None without it, or where they are not known."""
+    for module in _multipole_modules(model):
+        stated = getattr(module.config, "max_position_embeddings", None)
+        return module.far_field.max_length if hasattr(module, "far_field") else stated
+    return None
+
+
 def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreTrainedModel:
     """Makes a model with multipole attention one for longer rows, to be trained on them, in place, and returns it.
 
@@ -333,19 +350,21 @@ def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreT
     encoded is left as it is (``rope_parameters``). To be called before an optimizer is made.
 
     Args:
-        model: a :class:`MultipoleForCausalLM` or another of its family, or a model that :func:`convert` made.
+        model: a :class:`MultipoleForCausalLM` or another of its family, a model that :func:`convert` made, or a stock model with
+            ``attn_implementation="multipole"`` or ``"multipole_linear"``.
         max_position_embeddings: tokens of the longest rows of the training to come.
 
     Raises:
-        ValueError: the model has no far field to extend, or one of direct summaries, or has positions for so many tokens only, or rows
-            are not longer than before. The model is unchanged then.
+        ValueError: the model has no multipole attention, or direct summaries, or has positions for so many tokens only, or rows are not
+            longer than before. The model is unchanged then.
     """
     name = type(model).__name__
-    modules = [module for module in model.modules() if hasattr(module, "far_field")]
-    if not modules or not all(isinstance(module.far_field, FarField) for module in modules):
+    modules = _multipole_modules(model)
+    fields = [module.far_field for module in modules if hasattr(module, "far_field")]
+    if not modules or not all(isinstance(field, FarField) for field in fields):
         wrapped = " (in a wrapper, of PEFT for instance: extend the model before)" if modules else ""
-        raise ValueError(f"{name} has no far field that could be extended{wrapped}: its context is that of its positions")
-    before = modules[0].far_field.max_length
+        raise ValueError(f"{name} has no multipole attention that could be extended{wrapped}: its context is that of its positions")
+    before = trained_context(model)
     if before is None or max_position_embeddings <= before:
         length = "any length" if before is None else f"{before} tokens"
         raise ValueError(f"max_position_embeddings is {max_position_embeddings}, but {name} is for rows of {length} already")
@@ -363,8 +382,8 @@ def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreT
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and re.search(r"pos|wpe", path.rpartition(".")[2]):
             raise ValueError(f"{name} has learned positions for {module.num_embeddings} tokens ({path}), which cannot be extended")
-    for module in modules:
-        module.far_field.extend(max_position_embeddings)
+    for field in fields:
+        field.extend(max_position_embeddings)
     for config in configs:
         config.max_position_embeddings = max_position_embeddings
     return model

@@ -23,8 +23,7 @@ def trained_levels(length: int, max_length: int | None, block_size: int) -> int 
     if level_count(length, block_size) > levels:
         logger.warning_once(
             f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
-            "multipole attention. hf_multipole.extend_context(model, tokens), or config.max_position_embeddings of a model without learned "
-            "parts, makes it a model for longer rows, to be trained on them"
+            "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
         )
     return levels
 

@@ -1,11 +1,10 @@
-"""Blocks in, batches out: labels, documents kept apart, masks, shorter contexts."""
+"""Blocks in, batches out: labels, positions of documents, masks, shorter contexts."""
 
-import inspect
 import zlib
 
 import numpy as np
 import torch
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 
 def restart(positions: torch.Tensor) -> torch.Tensor:
@@ -76,18 +75,3 @@ def warm_length(step: int, steps: int, start: int, full: int) -> int:
     """The context length of a step: ``start``, doubled at even intervals during the first ``steps`` steps, then ``full``."""
     stages = (full // start).bit_length() - 1
     return start << min(stages, step * stages // steps) if step < steps else full
-
-
-@torch.no_grad()
-def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether a token is out of reach of the text before its own in a row with ``position_ids`` that start anew: tried out."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False
-    # Longer than the near field of small blocks.
-    tokens = torch.arange(96, device=model.device) % (model.config.get_text_config().vocab_size - 2)
-    position_ids = torch.arange(48, device=model.device).repeat(2)[None]
-    other = torch.cat([tokens[:48] + 1, tokens[48:]])
-    training = model.training
-    out = [model.eval()(input_ids=ids[None], position_ids=position_ids, use_cache=False).logits[:, 48:] for ids in (tokens, other)]
-    model.train(training)
-    return torch.allclose(*out, rtol=1e-4, atol=1e-4 * out[0].abs().max().item())

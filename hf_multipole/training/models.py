@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..integration.conversion import convert, extend_context
+from ..integration.conversion import convert, extend_context, trained_context
 from ..modeling.hierarchy import level_count
 from ..modeling.summaries import DirectSummary
 from .arguments import ModelArguments, check_names
@@ -71,8 +71,8 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
             f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {size}: give the model's own tokenizer"
         )
     model = converted(model, args.convert) if args.convert else model
-    lengths = [module.far_field.max_length for module in model.modules() if hasattr(module, "far_field")]
-    if any(length is not None and length < context_length for length in lengths):
+    before = trained_context(model)
+    if before is not None and before < context_length:
         # What is farther away than in the training of before would not be attended to.
         extend_context(model, context_length)
     return model
@@ -95,7 +95,7 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, long
             module.check_levels(level_count(longest, module.block_size))
     name = type(model).__name__
     if not masked and not any(parameter.is_meta for parameter in model.parameters()):
-        if _sees_later_tokens(model):
+        if sees_later_tokens(model):
             raise ValueError(f"{name} sees later tokens, so that it cannot learn to tell them: use run_mlm.py, or make it a decoder")
     # Code that comes with a checkpoint chooses for itself.
     if isinstance(tokenizer, ByT5Tokenizer) and not hasattr(model.config, "auto_map"):
@@ -113,13 +113,26 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, long
             )
 
 
+def sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Whether the last token of a row changes the logits before it: tried out."""
+    row = torch.arange(8) + 5
+    return _differ(model, row, torch.cat([row[:-1], row[:1]]), slice(-1))
+
+
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether a token is out of reach of the text before its own in a row with ``position_ids`` that start anew: tried out."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    # Longer than the near field of small blocks.
+    row = torch.arange(96) % (model.config.get_text_config().vocab_size - 2)
+    position_ids = torch.arange(48, device=model.device).repeat(2)[None]
+    return not _differ(model, row, torch.cat([row[:48] + 1, row[48:]]), slice(48, None), position_ids=position_ids, use_cache=False)
+
+
 @torch.no_grad()
-def _sees_later_tokens(model: PreTrainedModel) -> bool:
-    """Whether the last token of a short row changes the logits before it."""
-    training, row = model.training, torch.arange(8) + 5
-    other = torch.cat([row[:-1], row[:1]])
-    model.eval()
-    logits = model(input_ids=torch.stack([row, other]).to(model.device)).logits[:, :-1].float()
+def _differ(model: PreTrainedModel, row: torch.Tensor, other: torch.Tensor, at: slice, **inputs) -> bool:
+    """Whether the logits of two rows of tokens ``(n,)`` differ at some of the tokens, by more than rounding."""
+    training = model.training
+    out = [model.eval()(input_ids=ids[None].to(model.device), **inputs).logits[:, at] for ids in (row, other)]
     model.train(training)
-    # More than rounding, with which a batch may treat its rows differently.
-    return (logits[0] - logits[1]).abs().max().item() > 64 * torch.finfo(model.dtype).eps * logits.abs().max().item()
+    return not torch.allclose(*out, rtol=1e-4, atol=1e-4 * out[0].abs().max().item(), equal_nan=True)

@@ -18,11 +18,11 @@ from ..modeling.cache_multipole import STATE_IMPLEMENTATIONS
 from ..modeling.configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
 from . import checkpoints
 from .arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
-from .batches import MaskingCollator, collate, keeps_documents_apart
+from .batches import MaskingCollator, collate
 from .data import first_files, hold_out, load_texts, pack, recut, stream
 from .hub import NETWORK_ERRORS, add_code, push
 from .metrics import compression_baselines
-from .models import build_model, build_tokenizer, check_model
+from .models import build_model, build_tokenizer, check_model, keeps_documents_apart
 from .report import command, curve, measure_scaling, plot_attention, plot_curves, plot_scaling, write_card
 from .trainer import CheckpointError, LanguageModelTrainer
 
