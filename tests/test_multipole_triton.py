@@ -187,7 +187,10 @@ LINEAR = {"layer_types": ["multipole_linear_attention"]}
 CACHES = {
     "direct": ({"summary": "direct", "size_weighting": False}, True),
     "rotated": ({"rotate_summaries": True}, False),
+    "fewer levels than the row has": ({"max_position_embeddings": 8}, True),
+    "no levels": ({"max_position_embeddings": 4}, False),
     "O(n) form": (LINEAR, True),
+    "O(n) form, no levels": (LINEAR | {"max_position_embeddings": 4}, True),
     "O(n) form, rotated, bfloat16": (LINEAR | {"rotate_summaries": True, "dtype": torch.bfloat16}, False),
     "O(n) form, direct, float16": (LINEAR | {"summary": "direct", "dtype": torch.float16}, False),
 }
