@@ -16,7 +16,7 @@ above inputs, weights and incoming gradient: outputs, gradients and all between;
 (Linux) a fresh process compares its resident set before with the highest since, some MB less than that where a small warm-up left
 room; on CUDA it is max_memory_allocated.
 
-Multipole methods and "near", the near field alone, are first checked against hf_multipole.reference, values and gradients; if one
+Multipole methods, and "near", their near field alone, are first checked against hf_multipole.reference, values and gradients; if one
 is wrong, nothing is timed. "multipole-linear" is the O(n) form, with hierarchical summaries. Of peers.py, less projections, where
 installed (extra "peers"): linear-attention sees all tokens through sums of products; local-attention those of the own and the previous
 window of --block-size, which is the near field; h-transformer-1d means of groups, with blocks of --block-size at each level;
@@ -46,7 +46,6 @@ from cost_model import Layer
 from tqdm.auto import tqdm
 
 from hf_multipole.modeling.multipole_attention import multipole_attention
-from hf_multipole.modeling.multipole_torch import block_attention
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 from hf_multipole.reference import multipole_attention_reference
 from hf_multipole.training.checkpoints import write_json
@@ -67,23 +66,12 @@ METHODS = {  # kind in cost_model.py, and whether causal
     "multipole-bidirectional": ("multipole", False),
     "nystrom-attention": ("nystrom", False),
 }
-MULTIPOLE = [method for method in METHODS if method.startswith("multipole")]
+MULTIPOLE = [method for method in METHODS if method == "near" or method.startswith("multipole")]
 PACKAGES = {"h-transformer-1d": "h_transformer_1d", "local-attention": "local_attention", "nystrom-attention": "nystrom_attention"}
 ON_CUDA = ("multipole-pytorch", "flex-window")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
 PASSES = {"forward": cost_model.forward, "both": cost_model.both}
 EXACT = {True: "sdpa", False: "sdpa-bidirectional"}  # what a method is compared with
-
-
-def near_attention(q, k, v, block_size):
-    """Causal attention to the own and the previous block: the operator of multipole attention, without far columns."""
-    (batch, heads, n, dim), kv_heads = q.shape, k.shape[1]
-    q, k, v = (F.pad(x, (0, 0, 0, -n % block_size)).unflatten(2, (-1, block_size)) for x in (q, k, v))
-    rows = q.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(-1, heads // kv_heads * block_size, dim)
-    far, listed, bias = q.new_zeros(0, dim), rows.new_zeros(len(rows), 0).long(), rows.new_zeros(len(rows), 1, 0)
-    tokens = (x.reshape(-1, block_size, dim) for x in (k, v))
-    out = block_attention(rows, *tokens, far, far, listed, bias, None, True, q.shape[2], dim**-0.5, None, 0.0, None)
-    return out.view(batch, kv_heads, q.shape[2], -1, block_size, dim).transpose(2, 3).reshape(batch, heads, -1, dim)[:, :, :n]
 
 
 def flex_window(q, k, v, window):
@@ -110,7 +98,7 @@ def multipole_options(o, method, n, kv_heads):
     kind, *sizes = kinds.get(method, (HierarchicalSummary, *learned))
     key, value = (kind(o.block_size, o.rank, *sizes).to(o.device, o.torch_dtype) for _ in range(2))
     options = {"block_size": o.block_size, "rank": o.rank, "key_summary": key, "value_summary": value}
-    options["downsample_queries"] = method == "multipole-linear"
+    options |= {"downsample_queries": method == "multipole-linear", "max_levels": 0 if method == "near" else None}
     return options | {"causal": method != "multipole-bidirectional"}, [*key.parameters(), *value.parameters()]
 
 
@@ -126,8 +114,6 @@ def build(o, method, inputs):
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads), inputs
     if method == "flex-window":
         return flex_window(q, k, v, 2 * o.block_size), inputs
-    if method == "near":
-        return lambda: near_attention(q, k, v, o.block_size), inputs
     # The others know no groups of heads.
     q, k, v = inputs = [x.detach().repeat_interleave(heads // x.shape[1], 1).requires_grad_() for x in inputs]
     if method == "linear-attention":
@@ -154,14 +140,13 @@ def verify(o, method):
     options, weights = multipole_options(host, method, inputs[0].shape[2], 1)
     for weight in weights:
         weight.data += 0.3 * weight.abs().mean() * torch.randn_like(weight)
-    options |= {"far_bias": torch.full((inputs[0].shape[1], 1), -torch.inf)} if method == "near" else {}
     expected = multipole_attention_reference(*inputs, **options)
     wanted = [expected, *torch.autograd.grad(expected, [*inputs, *weights], upstream.double())]
     for summary in (options["key_summary"], options["value_summary"]):
         summary.to(o.device)
     inputs = [x.detach().to(o.device).requires_grad_() for x in inputs]
     backend = "torch" if method == "multipole-pytorch" else "auto"
-    out = near_attention(*inputs, o.block_size) if method == "near" else multipole_attention(*inputs, **options, backend=backend)
+    out = multipole_attention(*inputs, **options, backend=backend)
     got = [out, *torch.autograd.grad(out, [*inputs, *weights], upstream.to(o.device))]
     return torch.stack([(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(got, wanted)]).max().item()
 
@@ -445,7 +430,7 @@ def main(arguments):
     sizes = {"heads": o.heads, "kv_heads": o.kv_heads, "head_dim": o.head_dim, "block_size": o.block_size, "rank": o.rank}
     sizes |= {"itemsize": o.torch_dtype.itemsize, "chunk": peers.CHUNK, "landmarks": peers.LANDMARKS}
     o.output.mkdir(parents=True, exist_ok=True)
-    for method in (method for method in o.methods if method in ("near", *MULTIPOLE)):
+    for method in (method for method in o.methods if method in MULTIPOLE):
         error = verify(o, method)
         print(f"{method} differs from its definition by {error:.1e}", flush=True)
         if not error <= TOLERANCE[o.dtype]:
