@@ -62,7 +62,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
     """Seconds of a step and bytes of the state, of each kind, with ``context`` tokens behind in each of ``batch`` rows."""
     torch.manual_seed(0)
     key_summary, value_summary = (HierarchicalSummary(o.block_size, o.rank, o.heads, o.head_dim) for _ in range(2))
-    options = {"key_summary": key_summary, "value_summary": value_summary, "size_weighting": True, "far_bias": None, "max_levels": None}
+    options = {"key_summary": key_summary, "value_summary": value_summary, "size_weighting": True, "far_bias": None}
     options |= {"softcap": None, "scale": None, "rotary": None}
     chunk = min(context, 16384)
     keys, values = (torch.empty(1, o.heads, context, o.head_dim) for _ in range(2))

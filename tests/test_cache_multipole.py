@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny_models import BLOCK, CLOSE, HYBRID, RANK, TOKENS, build, randomise, same_weights, tokens
 from transformers import DynamicCache
 
-from hf_multipole import MultipoleCache
+from hf_multipole import MultipoleCache, extend_context
 from hf_multipole.modeling.state_multipole import MultipoleState
 
 # Equality with the full forward
@@ -503,6 +503,22 @@ def test_another_model():
     run(copy.deepcopy(model), tokens(), [1], cache=pickle.loads(pickle.dumps(cache)))
     logits, _ = run(model, tokens(), [35], cache=cache)
     torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits[:, 40:], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [{}, {"layer_types": LINEAR}], ids=str)
+def test_a_model_that_was_extended(kind):
+    """What the farther levels hold was dropped; and a state may have more levels than another model has."""
+    ids = tokens(n=150)
+    for before, after in ((8 * BLOCK, 200), (2 * BLOCK, 8 * BLOCK)):
+        model = build(max_position_embeddings=before, **kind)
+        _, cache = run(model, ids, [100])
+        other = extend_context(copy.deepcopy(model), after)
+        _, longer = run(other, ids, [100])
+        for used, held in ((other, cache), (model, longer)):
+            with pytest.raises(ValueError, match="begun with another context"):
+                run(used, ids, [1], cache=held)
+        logits, _ = run(model, ids, [1, 49], cache=cache)
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, 100:], **CLOSE)
 
 
 def test_direct_summaries_beyond_their_length():

@@ -113,7 +113,7 @@ def test_state_of_a_decoding_step(kind, n):
     arguments = (q, k, k) if kind is LinearState else (k, k)
     state = kind(*arguments, m, rank, level_count(n + 1, m), m, False)
     key, value = (HierarchicalSummary(m, rank, kv_heads, dim) for _ in range(2))
-    options = {"key_summary": key, "value_summary": value, "size_weighting": True, "far_bias": None, "max_levels": None}
+    options = {"key_summary": key, "value_summary": value, "size_weighting": True, "far_bias": None}
     options |= {"softcap": None, "scale": None, "rotary": None}
     with torch.no_grad():
         state.attend(q, k, k, [NewTokens(0, n)] * 3, **options)

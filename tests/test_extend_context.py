@@ -7,7 +7,7 @@ import stock_models as stock
 import torch
 from stock_models import auto_class_of
 from tiny_models import CLOSE, build, tokens
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, ByT5Tokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from hf_multipole import convert, extend_context
 from hf_multipole.training.arguments import ModelArguments
@@ -123,6 +123,28 @@ def test_refused(make, message):
         extend_context(model, 300)
     assert model.config.max_position_embeddings == stated and state.keys() == model.state_dict().keys()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+def test_a_part_of_the_layers():
+    """The length of those that are exact says nothing."""
+    model = llama(layers=[1])
+    model.config.max_position_embeddings = LONG
+    extend_context(model, LONG)
+    assert model.model.layers[1].self_attn.far_field.max_levels == 4
+
+
+@pytest.mark.parametrize("implementation", ["multipole", {"text_config": "multipole"}], ids=str)
+def test_the_text_of_a_composite_model(implementation):
+    """Images have positions of their own, and no length."""
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=SHORT)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=4), text_config=text, image_token_index=49)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation).double().eval()
+    assert influence(model) == 0
+    assert influence(extend_context(model, LONG)) > 1e-9 and model.config.text_config.max_position_embeddings == LONG
+    assert not hasattr(model.config.vision_config, "max_position_embeddings")
+    with pytest.raises(ValueError, match=f"for rows of {LONG} tokens already"):
+        extend_context(model, LONG)
 
 
 def test_adapters_are_added_afterwards():

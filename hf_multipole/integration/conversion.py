@@ -325,21 +325,25 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _multipole_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of a model that are multipole attention: with learned parts, or stock ones without."""
+def _multipole_modules(model: PreTrainedModel) -> list[tuple[nn.Module, int | None]]:
+    """The attention modules of a model that are multipole attention, with learned parts, or stock ones without; and how long the rows are
+    that each was trained on, where that is known.
+    """
 
-    def is_one(module):
-        return _is_stock(module) and uses_interface(module) and KINDS.get(module.config._attn_implementation) == "far_field"
+    def runs(module):
+        stock = _is_stock(module) and uses_interface(module)
+        return stock and KINDS.get(module.config._attn_implementation) == "far_field" and is_chosen(module)
 
-    return [module for module in model.modules() if hasattr(module, "far_field") or is_one(module)]
+    found = [module for module in model.modules() if hasattr(module, "far_field") or runs(module)]
+    stated = [getattr(module.config, "max_position_embeddings", None) for module in found]
+    return [(x, x.far_field.max_length if hasattr(x, "far_field") else length) for x, length in zip(found, stated)]
 
 
 def trained_context(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest rows that the multipole attention of a model was trained on; None without it, or where they are not known."""
-    for module in _multipole_modules(model):
-        stated = getattr(module.config, "max_position_embeddings", None)
-        return module.far_field.max_length if hasattr(module, "far_field") else stated
-    return None
+    """Tokens of the rows that the multipole attention of a model was trained on, the shortest of its modules; None without it, or where
+    they are not known.
+    """
+    return min((length for _, length in _multipole_modules(model) if length is not None), default=None)
 
 
 def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreTrainedModel:
@@ -359,15 +363,16 @@ def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreT
             longer than before. The model is unchanged then.
     """
     name = type(model).__name__
-    modules = _multipole_modules(model)
-    fields = [module.far_field for module in modules if hasattr(module, "far_field")]
-    if not modules or not all(isinstance(field, FarField) for field in fields):
-        wrapped = " (in a wrapper, of PEFT for instance: extend the model before)" if modules else ""
+    found = _multipole_modules(model)
+    if not found or not all(isinstance(getattr(module, "far_field", None), FarField | None) for module, _ in found):
+        wrapped = " (in a wrapper, of PEFT for instance: extend the model before)" if found else ""
         raise ValueError(f"{name} has no multipole attention that could be extended{wrapped}: its context is that of its positions")
     before = trained_context(model)
     if before is None or max_position_embeddings <= before:
         length = "any length" if before is None else f"{before} tokens"
         raise ValueError(f"max_position_embeddings is {max_position_embeddings}, but {name} is for rows of {length} already")
+    # Of a composite model, those parts that know of a length: not images.
+    modules = [module for module, length in found if length is not None]
     configs = list({id(module.config): module.config for module in modules}.values())
     for config in configs:
         rope = getattr(config, "rope_parameters", None) or {}
@@ -379,11 +384,14 @@ def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreT
                     f"{name} rotates by angles that depend on max_position_embeddings (rope_type {kind!r}), so that it would not stay what "
                     "it is: choose rope_parameters that do not, such as 'yarn' with a factor"
                 )
+    owners = [part for part in model.modules() if isinstance(part, PreTrainedModel) and any(part.config is config for config in configs)]
+    theirs = {module for owner in owners or [model] for module in owner.modules()}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and re.search(r"pos|wpe", path.rpartition(".")[2]):
+        if module in theirs and isinstance(module, nn.Embedding) and re.search(r"pos|wpe", path.rpartition(".")[2]):
             raise ValueError(f"{name} has learned positions for {module.num_embeddings} tokens ({path}), which cannot be extended")
-    for field in fields:
-        field.extend(max_position_embeddings)
+    for module in modules:
+        if hasattr(module, "far_field"):
+            module.far_field.extend(max_position_embeddings)
     for config in configs:
         config.max_position_embeddings = max_position_embeddings
     return model

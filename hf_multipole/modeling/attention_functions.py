@@ -5,14 +5,18 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
 
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options, has_tensor_options
 from .far_field import trained_levels
+from .hierarchy import level_count
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
 from .tensor_attention import check_options, document_attention
+
+logger = logging.get_logger(__name__)
 
 # What other models pass for features that this attention does not have; None or False means that the feature is off.
 _UNSUPPORTED = {
@@ -102,9 +106,16 @@ def _options(module, query, length: int, softcap, scale, key_summary=None) -> di
     if heads != query.shape[1]:
         raise ValueError(f"the far field was learned for {heads} heads, but here are {query.shape[1]}: tensor parallelism is not supported")
     if far_field is None:
-        max_levels = trained_levels(length, getattr(module.config, "max_position_embeddings", None), options["block_size"])
+        max_length = getattr(module.config, "max_position_embeddings", None)
+        max_levels = trained_levels(max_length, options["block_size"])
     else:
-        max_levels = far_field.levels(length)
+        max_length, max_levels = far_field.max_length, far_field.max_levels
+    longer = max_levels is not None and level_count(length, options["block_size"]) > max_levels
+    if longer and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
+            "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
+        )
     return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
         "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
         "value_summary": getattr(far_field, "value_summary", None),

@@ -29,7 +29,7 @@ ROLLBACK = 64
 STATE_IMPLEMENTATIONS = ("multipole", "multipole_linear")
 OUT_OF_STEP = "the layers of the cache have seen different numbers of tokens: an earlier call was interrupted; use a new cache"
 NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
-_FORMAT = "hf_multipole state 2"
+_FORMAT = "hf_multipole state 3"
 
 
 class PastTokens(NamedTuple):
@@ -125,12 +125,17 @@ class _StateLayer:
                 "output_attentions need a cache of their own, used from the first token"
             )
 
-    def check_model(self, block_size: int, rank: int, direct: bool, linear: bool) -> None:
+    def check_model(self, block_size: int, rank: int, direct: bool, linear: bool, max_levels: int | None) -> None:
         """Raises ValueError where the state is that of another kind of attention."""
         state = self.state
         if state is not None and (state.block_size, state.rank, state.direct, state.linear) != (block_size, rank, direct, linear):
             raise ValueError(
                 "the cache was filled by another model: its block_size, rank, kind of summary or kind of layer differ; use a new cache"
+            )
+        if state is not None and state.max_levels != max_levels:
+            raise ValueError(
+                "the cache was begun with another context: extend_context was called, or max_position_embeddings changed, since; use a new "
+                "cache"
             )
 
     def attend(
@@ -138,16 +143,16 @@ class _StateLayer:
     ) -> torch.Tensor:
         """:meth:`MultipoleState.attend`, after making the state where there is none yet."""
         direct = isinstance(key_summary, DirectSummary)
-        self.check_model(block_size, rank, direct, downsample_queries)
+        self.check_model(block_size, rank, direct, downsample_queries, max_levels)
         state = self.state
         if state is None:
             # Room for those of training; where these are not known, it grows.
             levels = len(key_summary.levels) if direct else 1 if max_levels is None else max_levels
-            arguments = (k, v, block_size, rank, levels, self.rollback, direct, rotary is not None)
+            arguments = (k, v, block_size, rank, levels, self.rollback, direct, rotary is not None, max_levels)
             state = LinearState(q, *arguments) if downsample_queries else MultipoleState(*arguments)
         means = MeanSummary(block_size, rank)
         summaries = {"key_summary": key_summary or means, "value_summary": value_summary or means}
-        out = state.attend(q, k, v, new, rotary=rotary, max_levels=max_levels, **summaries, **options)
+        out = state.attend(q, k, v, new, rotary=rotary, **summaries, **options)
         self.state, self.is_initialized = state, True
         return out
 
@@ -266,7 +271,7 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
         if mask is None:
             layer.check_exact()
         direct, linear = isinstance(attention.far_field.key_summary, DirectSummary), attention.layer_type == "multipole_linear_attention"
-        layer.check_model(config.block_size, config.rank, direct, linear)
+        layer.check_model(config.block_size, config.rank, direct, linear, attention.far_field.max_levels)
         dim, dtype = config.head_dim, attention.k_proj.weight.dtype
         if torch.is_autocast_enabled(model.device.type):
             dtype = torch.get_autocast_dtype(model.device.type)

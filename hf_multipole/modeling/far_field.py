@@ -3,29 +3,16 @@
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils import logging
 
 from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
 
-logger = logging.get_logger(__name__)
 
-
-def trained_levels(length: int, max_length: int | None, block_size: int) -> int | None:
-    """Levels of groups that rows of ``max_length`` tokens have, those of training; None where that is not known. Rows of ``length`` tokens
-    that have more are told of, once: they are to do without.
-
-    The distances there are new to queries and keys, and what answers to them would drown the rest.
+def trained_levels(max_length: int | None, block_size: int) -> int | None:
+    """Levels of groups that rows of ``max_length`` tokens have, those of training; None where that is not known. Longer rows are to do
+    with them: farther distances are new to queries and keys, and what answers to them would drown the rest.
     """
-    if max_length is None:
-        return None
-    levels = level_count(max_length, block_size)
-    if level_count(length, block_size) > levels:
-        logger.warning_once(
-            f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
-            "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
-        )
-    return levels
+    return None if max_length is None else level_count(max_length, block_size)
 
 
 class LearnedPart(nn.Module):
@@ -90,11 +77,11 @@ class FarField(LearnedPart):
         """The bias of the far logits ``(heads, levels)``, or None. By a call, for that is when offloaded parameters are fetched."""
         return self.far_bias
 
-    def levels(self, length: int) -> int | None:
-        """Levels that rows of ``length`` tokens may have, or None for all: see :func:`trained_levels`."""
-        # Direct summaries refuse longer rows themselves.
+    @property
+    def max_levels(self) -> int | None:
+        """See :func:`trained_levels`. None for direct summaries, too, which refuse longer rows themselves."""
         direct = isinstance(self.key_summary, DirectSummary)
-        return trained_levels(length, None if direct else self.max_length, self.block_size)
+        return None if direct else trained_levels(self.max_length, self.block_size)
 
     @torch.no_grad()
     def extend(self, max_length: int) -> None:
@@ -110,8 +97,8 @@ class FarField(LearnedPart):
         """The output, with zero times the parameters that rows of so few tokens, ``length``, do not use: all processes of a parallel
         training then have gradients for all parameters, whatever the lengths of their rows.
         """
-        levels, trained = level_count(length, self.block_size), self.levels(length)
-        levels = levels if trained is None else min(levels, trained)
+        levels = level_count(length, self.block_size)
+        levels = levels if self.max_levels is None else min(levels, self.max_levels)
         used = [self.far_bias] if levels else []
         for summary in self.summaries:
             if isinstance(summary, DirectSummary):

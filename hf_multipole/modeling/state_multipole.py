@@ -65,7 +65,6 @@ class _Call(NamedTuple):
     new: list[NewTokens]
     size_weighting: bool
     far_bias: torch.Tensor | None
-    max_levels: int | None
     softcap: float | None
     scale: float
     kernels: bool  # the GPU kernels run
@@ -80,7 +79,19 @@ class MultipoleState:
 
     linear = False  # whether it is that of the O(n) form
 
-    def __init__(self, key, value, block_size: int, rank: int, levels: int, rollback: int, direct: bool, rotated: bool = False):
+    def __init__(
+        self,
+        key,
+        value,
+        block_size: int,
+        rank: int,
+        levels: int,
+        rollback: int,
+        direct: bool,
+        rotated: bool = False,
+        max_levels: int | None = None,
+    ):
+        self.max_levels = max_levels  # of rows of any length, or None for all
         self.spare = max(1, -(-rollback // block_size))  # blocks that can be taken back
         self.block_size, self.rank, self.direct = block_size, rank, direct
         self.ring, self.groups = (2 + self.spare) * block_size, 3 + self.spare
@@ -108,7 +119,7 @@ class MultipoleState:
 
     def description(self) -> dict:
         """All but the tensors, as plain numbers; :meth:`restored` takes it back."""
-        sizes = {name: getattr(self, name) for name in ("block_size", "rank", "direct", "spare", "ring", "groups", "seen")}
+        sizes = {name: getattr(self, name) for name in ("block_size", "rank", "max_levels", "direct", "spare", "ring", "groups", "seen")}
         return sizes | {"rows": [vars(row) for row in self.rows]}
 
     @classmethod
@@ -159,7 +170,7 @@ class MultipoleState:
         self._bias = None
 
     def attend(
-        self, q, k, v, new: list[NewTokens], *, key_summary, value_summary, size_weighting, far_bias, max_levels, softcap, scale, rotary
+        self, q, k, v, new: list[NewTokens], *, key_summary, value_summary, size_weighting, far_bias, softcap, scale, rotary
     ) -> torch.Tensor:
         """Takes in new tokens and returns their attention ``(batch, heads, n, value_dim)``, zeros at padding.
 
@@ -175,8 +186,7 @@ class MultipoleState:
             self.select(torch.arange(len(self.rows)))
         sides = (_Side(self.keys, key_summary, rotary), _Side(self.values, value_summary, None))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        kernels = takes_kernels("auto", q, {"q": q.shape[-1], "v": v.shape[-1]})
-        call = _Call(sides, new, size_weighting, far_bias, max_levels, softcap, scale, kernels)
+        call = _Call(sides, new, size_weighting, far_bias, softcap, scale, takes_kernels("auto", q, {"q": q.shape[-1], "v": v.shape[-1]}))
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             if q.shape[2] == 1 and all(x.count for x in new) and not recorded:
@@ -281,7 +291,7 @@ class MultipoleState:
     def _grow(self, length: int, call: _Call) -> None:
         """Makes room for every level that the token after ``length`` tokens can see, in any row."""
         wanted = level_count(length + 1, self.block_size)
-        wanted = wanted if call.max_levels is None else min(wanted, call.max_levels)
+        wanted = wanted if self.max_levels is None else min(wanted, self.max_levels)
         while not self.direct and self.levels < wanted:
             level = self.levels
             self._bias = None

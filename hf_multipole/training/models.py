@@ -71,7 +71,7 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
             f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {size}: give the model's own tokenizer"
         )
     model = converted(model, args.convert) if args.convert else model
-    before = trained_context(model)
+    before = trained_context(model) if args.model_name_or_path else None
     if before is not None and before < context_length:
         # What is farther away than in the training of before would not be attended to.
         extend_context(model, context_length)
