@@ -60,9 +60,8 @@ def test_map_and_its_gradients(shape, dtype, monkeypatch):
 def test_summaries_are_those_of_the_pytorch_path(kind):
     """All levels, ragged groups and their counts, and every gradient."""
     generator = torch.Generator().manual_seed(0)
-    length = 37 if kind == "direct" else 16
-    cls = summaries.DirectSummary if kind == "direct" else summaries.HierarchicalSummary
-    summary = cls(4, 2, 2, 3, length).to(DEVICE)
+    sizes = (4, 2, 2, 3)
+    summary = (summaries.DirectSummary(*sizes, 37) if kind == "direct" else summaries.HierarchicalSummary(*sizes)).to(DEVICE)
     with torch.no_grad():
         for weight in summary.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator).to(DEVICE) * 0.3)
