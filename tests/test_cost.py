@@ -113,10 +113,9 @@ def test_state_of_a_decoding_step(kind, n):
     arguments = (q, k, k) if kind is LinearState else (k, k)
     state = kind(*arguments, m, rank, level_count(n + 1, m), m, False)
     key, value = (HierarchicalSummary(m, rank, kv_heads, dim) for _ in range(2))
-    options = {"key_summary": key, "value_summary": value, "size_weighting": True, "far_bias": None}
-    options |= {"softcap": None, "scale": None, "rotary": None}
+    options = {"key_summary": key, "value_summary": value, "size_weighting": True, "far_bias": None, "softcap": None, "scale": None}
     with torch.no_grad():
-        state.attend(q, k, k, [NewTokens(0, n)] * 3, **options)
+        state.attend(q, k, k, [NewTokens(0, n)] * 3, **options, rotary=None)
     layer = Layer(n, 3, heads, kv_heads, dim, block_size=m, rank=rank)
     cost = cost_model.decode("multipole_linear" if kind is LinearState else "multipole", layer)
     assert cost.memory == sum(x.nbytes for x in state.tensors().values())

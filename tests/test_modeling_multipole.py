@@ -442,6 +442,7 @@ def test_bfloat16_and_autocast(ids):
         (True, True, {}),
         (True, False, {"is_causal": False, "rotate_summaries": True}),
         (False, True, {"is_causal": False, "rotate_summaries": True}),
+        (False, False, {}),
         (False, False, {"max_position_embeddings": 32}),
     ],
 )

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..modeling.attention_masks import refuse_cross_attention
 from ..modeling.configuration_multipole import STOCK_OPTIONS, TENSOR_OPTIONS, attention_options, has_tensor_options, tensor_options
-from ..modeling.far_field import FarField
+from ..modeling.far_field import FarField, trained_length
 from ..modeling.tensor_branch import TensorBranch
 
 logger = logging.get_logger(__name__)
@@ -325,25 +325,25 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _multipole_modules(model: PreTrainedModel) -> list[tuple[nn.Module, int | None]]:
-    """The attention modules of a model that are multipole attention, with learned parts, or stock ones without; and how long the rows are
-    that each was trained on, where that is known.
-    """
+def _multipole_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a model that are multipole attention: with learned parts, or stock ones without."""
 
     def runs(module):
         stock = _is_stock(module) and uses_interface(module)
         return stock and KINDS.get(module.config._attn_implementation) == "far_field" and is_chosen(module)
 
-    found = [module for module in model.modules() if hasattr(module, "far_field") or runs(module)]
-    stated = [getattr(module.config, "max_position_embeddings", None) for module in found]
-    return [(x, x.far_field.max_length if hasattr(x, "far_field") else length) for x, length in zip(found, stated)]
+    return [module for module in model.modules() if hasattr(module, "far_field") or runs(module)]
 
 
 def trained_context(model: PreTrainedModel) -> int | None:
     """Tokens of the rows that the multipole attention of a model was trained on, the shortest of its modules; None without it, or where
     they are not known.
     """
-    return min((length for _, length in _multipole_modules(model) if length is not None), default=None)
+    return _shortest(_multipole_modules(model))
+
+
+def _shortest(modules: list[nn.Module]) -> int | None:
+    return min((length for module in modules if (length := trained_length(module)) is not None), default=None)
 
 
 def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreTrainedModel:
@@ -364,15 +364,15 @@ def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreT
     """
     name = type(model).__name__
     found = _multipole_modules(model)
-    if not found or not all(isinstance(getattr(module, "far_field", None), FarField | None) for module, _ in found):
+    if not found or not all(isinstance(getattr(module, "far_field", None), FarField | None) for module in found):
         wrapped = " (in a wrapper, of PEFT for instance: extend the model before)" if found else ""
         raise ValueError(f"{name} has no multipole attention that could be extended{wrapped}: its context is that of its positions")
-    before = trained_context(model)
+    before = _shortest(found)
     if before is None or max_position_embeddings <= before:
         length = "any length" if before is None else f"{before} tokens"
         raise ValueError(f"max_position_embeddings is {max_position_embeddings}, but {name} is for rows of {length} already")
     # Of a composite model, those parts that know of a length: not images.
-    modules = [module for module, length in found if length is not None]
+    modules = [module for module in found if trained_length(module) is not None]
     configs = list({id(module.config): module.config for module in modules}.values())
     for config in configs:
         rope = getattr(config, "rope_parameters", None) or {}

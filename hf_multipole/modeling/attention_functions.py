@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
 from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options, has_tensor_options
-from .far_field import trained_levels
+from .far_field import trained_length, trained_levels
 from .hierarchy import level_count
 from .multipole_attention import aligned_attention
 from .summaries import compute_dtype
@@ -105,11 +105,8 @@ def _options(module, query, length: int, softcap, scale, key_summary=None) -> di
     heads = getattr(far_field, "heads", query.shape[1])
     if heads != query.shape[1]:
         raise ValueError(f"the far field was learned for {heads} heads, but here are {query.shape[1]}: tensor parallelism is not supported")
-    if far_field is None:
-        max_length = getattr(module.config, "max_position_embeddings", None)
-        max_levels = trained_levels(max_length, options["block_size"])
-    else:
-        max_length, max_levels = far_field.max_length, far_field.max_levels
+    max_length = trained_length(module)
+    max_levels = trained_levels(max_length, options["block_size"]) if far_field is None else far_field.max_levels
     longer = max_levels is not None and level_count(length, options["block_size"]) > max_levels
     if longer and not torch.compiler.is_compiling():
         logger.warning_once(

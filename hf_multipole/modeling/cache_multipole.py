@@ -128,11 +128,13 @@ class _StateLayer:
     def check_model(self, block_size: int, rank: int, direct: bool, linear: bool, max_levels: int | None) -> None:
         """Raises ValueError where the state is that of another kind of attention."""
         state = self.state
-        if state is not None and (state.block_size, state.rank, state.direct, state.linear) != (block_size, rank, direct, linear):
+        if state is None:
+            return
+        if (state.block_size, state.rank, state.direct, state.linear) != (block_size, rank, direct, linear):
             raise ValueError(
                 "the cache was filled by another model: its block_size, rank, kind of summary or kind of layer differ; use a new cache"
             )
-        if state is not None and state.max_levels != max_levels:
+        if state.max_levels != max_levels:
             raise ValueError(
                 "the cache was begun with another context: extend_context was called, or max_position_embeddings changed, since; use a new "
                 "cache"

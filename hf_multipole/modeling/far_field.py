@@ -8,6 +8,14 @@ from .hierarchy import level_count
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
 
 
+def trained_length(attention: nn.Module) -> int | None:
+    """Tokens of the longest rows that an attention module was trained on, as its far field has it, or else its configuration; None where
+    that is not known.
+    """
+    part = getattr(attention, "far_field", None)
+    return getattr(attention.config, "max_position_embeddings", None) if part is None else part.max_length
+
+
 def trained_levels(max_length: int | None, block_size: int) -> int | None:
     """Levels of groups that rows of ``max_length`` tokens have, those of training; None where that is not known. Longer rows are to do
     with them: farther distances are new to queries and keys, and what answers to them would drown the rest.
@@ -97,8 +105,7 @@ class FarField(LearnedPart):
         """The output, with zero times the parameters that rows of so few tokens, ``length``, do not use: all processes of a parallel
         training then have gradients for all parameters, whatever the lengths of their rows.
         """
-        levels = level_count(length, self.block_size)
-        levels = levels if self.max_levels is None else min(levels, self.max_levels)
+        levels = level_count(length, self.block_size, self.max_levels)
         used = [self.far_bias] if levels else []
         for summary in self.summaries:
             if isinstance(summary, DirectSummary):

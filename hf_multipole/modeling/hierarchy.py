@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 
 
-def level_count(n: int, block_size: int) -> int:
-    """Number of levels of a row of ``n`` tokens; 0 when the near field covers the row (``n <= 2 * block_size``)."""
+def level_count(n: int, block_size: int, max_levels: int | None = None) -> int:
+    """Number of levels of a row of ``n`` tokens, at most ``max_levels``; 0 when the near field covers the row (``n <= 2 * block_size``)."""
     blocks = -(-n // block_size)
-    return max(0, (blocks - 1).bit_length() - 1)
+    levels = max(0, (blocks - 1).bit_length() - 1)
+    return levels if max_levels is None else min(levels, max_levels)
 
 
 def block_of(n: int, block_size: int) -> int:

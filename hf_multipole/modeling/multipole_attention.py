@@ -171,8 +171,7 @@ def aligned_attention(
     blocks = slots // block_size - first
 
     # A document has no more levels than a row of n tokens, though a packed grid is longer.
-    levels = min(level_count(n, block_size), level_count(slots, block_size))
-    levels = levels if max_levels is None else min(levels, max_levels)
+    levels = min(level_count(n, block_size, max_levels), level_count(slots, block_size))
     far_k, far_v = ([x.new_zeros(batch, kv_heads, 0, rank, x.shape[-1], dtype=dtype)] for x in (k, v))
     counts, all_of_it = None, {"everything": True, "kernels": kernels}
     if levels:

@@ -290,9 +290,7 @@ class MultipoleState:
 
     def _grow(self, length: int, call: _Call) -> None:
         """Makes room for every level that the token after ``length`` tokens can see, in any row."""
-        wanted = level_count(length + 1, self.block_size)
-        wanted = wanted if self.max_levels is None else min(wanted, self.max_levels)
-        while not self.direct and self.levels < wanted:
+        while not self.direct and self.levels < level_count(length + 1, self.block_size, self.max_levels):
             level = self.levels
             self._bias = None
             with torch.inference_mode(False):

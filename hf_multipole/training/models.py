@@ -116,7 +116,8 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, long
 def sees_later_tokens(model: PreTrainedModel) -> bool:
     """Whether the last token of a row changes the logits before it: tried out."""
     row = torch.arange(8) + 5
-    return _differ(model, row, torch.cat([row[:-1], row[:1]]), slice(-1))
+    # More than rounding, which may depend on what else is computed.
+    return _difference(model, row, torch.cat([row[:-1], row[:1]]), slice(-1)) > 64 * torch.finfo(model.dtype).eps
 
 
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
@@ -125,14 +126,15 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
         return False
     # Longer than the near field of small blocks.
     row = torch.arange(96) % (model.config.get_text_config().vocab_size - 2)
+    other = torch.cat([row[:48] + 1, row[48:]])
     position_ids = torch.arange(48, device=model.device).repeat(2)[None]
-    return not _differ(model, row, torch.cat([row[:48] + 1, row[48:]]), slice(48, None), position_ids=position_ids, use_cache=False)
+    return _difference(model, row, other, slice(48, None), position_ids=position_ids, use_cache=False) <= 1e-4
 
 
 @torch.no_grad()
-def _differ(model: PreTrainedModel, row: torch.Tensor, other: torch.Tensor, at: slice, **inputs) -> bool:
-    """Whether the logits of two rows of tokens ``(n,)`` differ at some of the tokens, by more than rounding."""
+def _difference(model: PreTrainedModel, row: torch.Tensor, other: torch.Tensor, at: slice, **inputs) -> float:
+    """The largest difference between the logits of two rows of tokens ``(n,)``, at some of them, as a share of the largest logit."""
     training = model.training
-    out = [model.eval()(input_ids=ids[None].to(model.device), **inputs).logits[:, at] for ids in (row, other)]
+    out = [model.eval()(input_ids=ids[None].to(model.device), **inputs).logits[:, at].float() for ids in (row, other)]
     model.train(training)
-    return not torch.allclose(*out, rtol=1e-4, atol=1e-4 * out[0].abs().max().item(), equal_nan=True)
+    return ((out[0] - out[1]).abs().max() / out[0].abs().max().clamp(min=torch.finfo(torch.float32).tiny)).item()
