@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from .integration.conversion import convert, extend_context, revert
-from .modeling.cache_multipole import MultipoleCache
 from .modeling.configuration_multipole import MultipoleConfig
 from .modeling.modeling_multipole import (
     MultipoleForCausalLM,
@@ -24,6 +23,7 @@ from .modeling.modeling_multipole import (
     MultipoleModel,
 )
 from .modeling.multipole_attention import multipole_attention
+from .modeling.multipole_cache import MultipoleCache
 from .modeling.tensor_attention import tensor_attention
 
 __version__ = "0.1.0"

@@ -27,6 +27,6 @@ if $compare; then
     python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out-near-only" --config_overrides '{far_bias_init: -10000}'
     python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out-full" --config_overrides \
         '{layer_types: [full_attention, full_attention]}'
-    python scripts/compare_curves.py --output "$out/comparison.png" "multipole=$out" "near field only=$out-near-only" "full attention=$out-full"
+    python -m scripts.studies.compare_curves --output "$out/comparison.png" "multipole=$out" "near field only=$out-near-only" "full attention=$out-full"
 fi
 python scripts/generate.py --model "$out" --prompt $'def read(self, path):\n    """' --max-new-tokens 200

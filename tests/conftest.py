@@ -1,6 +1,4 @@
 import os
-import sys
-from pathlib import Path
 
 import hypothesis
 import torch
@@ -11,7 +9,6 @@ if not torch.cuda.is_available():
 
 # Small tensors gain nothing from threads, and xdist or a shared machine loses by them.
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples on every run, so that a failure is the change's own; HYPOTHESIS_PROFILE=search looks for new ones.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=25)

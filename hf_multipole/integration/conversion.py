@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from ..modeling.attention_masks import refuse_cross_attention
 from ..modeling.configuration_multipole import STOCK_OPTIONS, TENSOR_OPTIONS, attention_options, has_tensor_options, tensor_options
-from ..modeling.far_field import FarField, trained_length
-from ..modeling.tensor_branch import TensorBranch
+from ..modeling.learned import FarField, trained_length
+from .tensor_branch import TensorBranch
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 KINDS = {"multipole": "far_field", "multipole_linear": "far_field", "tensor": "tensor_branch"}
 
 # Classes of attention modules that can be converted: one row (query, key, value) through the attention interface, heads and
-# head_dim those of the configuration. scripts/support_table.py runs each of them.
+# head_dim those of the configuration. scripts/studies/support.py runs each of them.
 ATTENTION_CLASSES = (
     "ArceeAttention",
     "BertSelfAttention",

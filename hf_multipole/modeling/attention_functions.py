@@ -8,11 +8,11 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
-from .cache_multipole import NO_DROPOUT, OUT_OF_STEP, numbered
 from .configuration_multipole import attention_options, has_tensor_options
-from .far_field import trained_length, trained_levels
 from .hierarchy import level_count
+from .learned import trained_length, trained_levels
 from .multipole_attention import aligned_attention
+from .multipole_cache import NO_DROPOUT, OUT_OF_STEP, numbered
 from .summaries import compute_dtype
 from .tensor_attention import check_options, document_attention
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 
 from .configuration_multipole import attention_options
 from .hierarchy import Alignment, align_rows, block_of, check_rows
-from .state_multipole import MultipoleState, NewTokens
+from .multipole_state import MultipoleState, NewTokens
 from .tensor_attention import document_numbers
 
 

@@ -28,12 +28,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_functions import seen
 from .attention_masks import MultipoleMask
-from .cache_multipole import check_cache, compiled_state, keeps_state, take_number
 from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig, attention_options
-from .far_field import FarField
 from .hierarchy import level_count
-from .modeling_tensor import TensorAttention
+from .learned import FarField
+from .multipole_cache import check_cache, compiled_state, keeps_state, take_number
 from .summaries import MeanSummary, compute_dtype
+from .tensor_layer import TensorAttention
 
 logger = logging.get_logger(__name__)
 

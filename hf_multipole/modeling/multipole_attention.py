@@ -7,8 +7,8 @@ from torch import nn
 
 from .backends import takes_kernels
 from .hierarchy import Alignment, align_rows, block_of, check_rows, far_columns, group_count, level_count, near_offsets
-from .multipole_linear import far_results, first_queries, merge, segment_attention
 from .multipole_torch import block_attention, block_weights
+from .shared_query_torch import far_results, first_queries, merge, segment_attention
 from .summaries import MeanSummary, compute_dtype
 
 

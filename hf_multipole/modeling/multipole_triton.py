@@ -7,8 +7,8 @@ from itertools import accumulate
 
 import torch
 
-from .common_triton import launch, tile_size, triton
-from .kernels_triton import add_parts, backward_keys, backward_queries, backward_summaries, forward
+from .multipole_kernels import add_parts, backward_keys, backward_queries, backward_summaries, forward
+from .triton_common import launch, tile_size, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from .common_triton import tl, triton
+from .triton_common import tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")

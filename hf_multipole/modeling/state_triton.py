@@ -1,10 +1,10 @@
-"""The GPU kernel of a decoding step: attention of one more token in every row on the slots of state_multipole.py."""
+"""The GPU kernel of a decoding step: attention of one more token in every row on the slots of multipole_state.py."""
 
 import math
 
 import torch
 
-from .common_triton import LOG2E, absorb, launch, load_rows, logits, tile_size, tl, triton
+from .triton_common import LOG2E, absorb, launch, load_rows, logits, tile_size, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")

@@ -6,7 +6,7 @@ The merge of the hierarchical summaries is the same map, of the ``2 * rank`` sum
 
 import torch
 
-from .common_triton import launch, round_to, tl, triton
+from .triton_common import launch, round_to, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")

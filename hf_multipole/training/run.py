@@ -14,8 +14,8 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import ByT5Tokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
-from ..modeling.cache_multipole import STATE_IMPLEMENTATIONS
 from ..modeling.configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
+from ..modeling.multipole_cache import STATE_IMPLEMENTATIONS
 from . import checkpoints
 from .arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
 from .batches import MaskingCollator, collate

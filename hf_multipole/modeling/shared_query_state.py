@@ -1,0 +1,150 @@
+"""Generation state of the O(n) form of multipole attention: that of the other form, and the far results of the last segments."""
+
+import math
+
+import torch
+from torch import nn
+
+from .multipole_attention import attend_segments
+from .multipole_state import MultipoleState
+from .shared_query_torch import HIDDEN, merge, partial_softmax
+
+
+class LinearState(MultipoleState):
+    """``far`` ``(batch, heads, levels, segments, value_dim + 1)``: mean and log-sum-exp of the far field of segment s of each level, of
+    that level and all coarser ones, in slot ``s % segments``. It is computed when the first token of the segment comes, for all of them.
+    """
+
+    linear = True
+
+    def __init__(self, query, key, value, *args):
+        super().__init__(key, value, *args)
+        self.segments = self.spare * self.rank + 1  # those of the blocks that can be taken back, and of the next token
+        with torch.inference_mode(False):
+            self.far = self._nothing((len(query), query.shape[1], self.levels, self.segments))
+
+    def _nothing(self, shape: tuple[int, ...]) -> torch.Tensor:
+        far = self.values.slots.new_zeros(*shape, self.values.slots.shape[-1] + 1)
+        far[..., -1] = HIDDEN
+        return far
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return super().tensors() | {"far": self.far}
+
+    def description(self) -> dict:
+        return super().description() | {"segments": self.segments}
+
+    @classmethod
+    def restored(cls, description: dict, tensors: dict[str, torch.Tensor]) -> "LinearState":
+        state = super().restored(description, tensors)
+        state.far = tensors["far"]
+        return state
+
+    def select(self, index: torch.Tensor) -> None:
+        super().select(index)
+        with torch.inference_mode(False):
+            self.far = self.far.index_select(0, index.to(self.far.device, copy=True))
+
+    def _grow(self, length: int, call) -> None:
+        super()._grow(length, call)
+        missing = self.levels - self.far.shape[2]
+        if missing:
+            # No token so far is long enough to see anything of the new level.
+            with torch.inference_mode(False):
+                self.far = torch.cat([self.far, self._nothing((*self.far.shape[:2], missing, self.segments))], 2)
+
+    def _width(self, level: int) -> int:
+        return (self.block_size << level) // self.rank
+
+    def _keep_segments(self, rows, level: int, last: int, far: torch.Tensor) -> None:
+        """Keeps the newest of the segments ``(rows, heads, segments, value_dim + 1)`` that end before segment ``last``."""
+        far = far.detach()[:, :, -self.segments :]
+        slots = torch.arange(last - far.shape[2], last, device=far.device) % self.segments
+        if rows is None:
+            self.far[:, :, level, slots] = far
+        else:
+            self.far[rows[:, None], :, level, slots] = far.transpose(1, 2)
+
+    def _results(self, level: int, q, segment, far: list, begin: int, call) -> tuple[torch.Tensor, torch.Tensor]:
+        """Far results, of this level alone, of segments with numbers ``(segments,)`` and queries ``(rows, heads, segments, dim)``.
+
+        far: keys and values of the groups of the level, ``(rows, kv_heads, groups * rank, dim)``, from group ``begin`` on.
+        """
+        dtype, kv_heads, device = self.values.slots.dtype, far[0].shape[1], q.device
+        q = q.to(dtype).unflatten(1, (kv_heads, -1)).transpose(2, 3)
+        own = segment[:, None] // self.rank
+        group = 2 * (own // 2 - 1) + torch.arange(2, device=device)
+        seen = ((group >= 0) & (own - group >= 2)).repeat_interleave(self.rank, 1)[:, None]
+        bias = torch.tensor(math.log(self._width(level)) if call.size_weighting else 0.0, dtype=dtype, device=device)
+        if call.far_bias is not None:
+            bias = bias + call.far_bias[:, min(level, call.far_bias.shape[1] - 1)].to(dtype).view(kv_heads, 1, -1, 1)
+        bias = torch.where(seen, bias, HIDDEN).clamp(min=HIDDEN)
+        listed = (group - begin).clamp(min=0)
+        k, v = (x.to(dtype).unflatten(2, (-1, self.rank))[:, :, listed].flatten(3, 4) for x in far)
+        mean, total = partial_softmax(q, k, v, bias, call.scale, call.softcap)
+        return mean.transpose(2, 3).flatten(1, 2), total.transpose(2, 3).flatten(1, 2)
+
+    def _attend_grid(self, rows, past, q, padded, far, begins, call, writes):
+        m, n = self.block_size, past + q.shape[2]
+        grid = range(max(0, past // m - 1) * self.rank, -(-n // m) * self.rank)  # segments of level 1
+        merged, known = self._nothing((*q.shape[:2], len(grid))), grid.start  # of the level above, from its segment ``known`` on
+        for level in reversed(range(self.levels)):
+            width = self._width(level)
+            begin, fresh, end = past // width, -(-past // width), -(-n // width)
+            segment = torch.arange(fresh, end, device=q.device)
+            new = self._nothing((*q.shape[:2], len(segment)))
+            if level + 1 < len(far[0]) and end > fresh:
+                results = self._results(
+                    level, q[:, :, fresh * width - past :: width], segment, [x[level + 1] for x in far], begins[level], call
+                )
+                if level + 1 < self.levels:
+                    above = merged[:, :, segment // 2 - known]
+                    results = merge(results, (above[..., :-1], above[..., -1]))
+                new = torch.cat([results[0], results[1][..., None]], -1)
+            if end > fresh:
+                writes.append((self._keep_segments, rows, level, end, new))
+            if begin < fresh:
+                held = self.far[slice(None) if rows is None else rows, :, level, begin % self.segments]
+                new = torch.cat([held[:, :, None], new], 2)
+            merged, known = new, begin
+        around = (known - grid.start, grid.stop - known - merged.shape[2])
+        mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
+        return attend_segments(*padded, mean, total, None, m, True, call.scale, call.softcap, kernels=call.kernels)
+
+    def _begin_segments(self, q, past: list[int], call, bias: torch.Tensor | None = None) -> None:
+        """Far results of the segments, of whichever level and row, whose first token this is; bias: as from ``_step_bias``."""
+        if not self.levels or all(length % self._width(0) for length in past):
+            return
+        if bias is None:
+            bias = self._visible(past, q.shape[1] * q.shape[2], call).unflatten(1, q.shape[1:3])
+        length = torch.tensor(past, device=q.device)[:, None]
+        width = self._width(0) << torch.arange(self.levels, device=q.device)
+        begins, slot = length % width == 0, length // width % self.segments  # (batch, levels)
+        k, v = (x.slots[:, :, self.ring :].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
+        bias = bias[..., self.ring :].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
+        results = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, bias, call.scale, call.softcap)
+        mean, total = (x.detach().transpose(2, 3).flatten(1, 2) for x in results)  # (batch, heads, levels, ...)
+        merged, row = self._nothing(mean.shape[:2]), torch.arange(len(past), device=q.device)
+        for level in reversed(range(self.levels)):
+            at = (row, slice(None), level, slot[:, level])
+            new = merge((mean[:, :, level], total[:, :, level]), (merged[..., :-1], merged[..., -1]))
+            merged = torch.where(begins[:, level, None, None], torch.cat([new[0], new[1][..., None]], -1), self.far[at])
+            self.far[at] = merged
+
+    def _attend_slots_on_gpu(self, q, past, call):
+        self._begin_segments(q.unflatten(1, (self.keys.slots.shape[1], -1)).to(self.keys.slots.dtype), past, call)
+        return super()._attend_slots_on_gpu(q, past, call, self.far[:, :, 0] if self.levels else None)
+
+    def _attend_slots(self, q, bias, past, call):
+        near = q @ self.keys.slots[:, :, : self.ring, : q.shape[-1]].transpose(2, 3) * call.scale
+        if call.softcap is not None:
+            near = call.softcap * torch.tanh(near / call.softcap)
+        near, values = near + bias[..., : self.ring], self.values.slots[:, :, : self.ring]
+        if not self.levels:
+            return torch.softmax(near, -1) @ values
+        self._begin_segments(q, past, call, bias)
+        slots = [length // self._width(0) % self.segments for length in past]
+        rows, slot = (slice(None), slots[0]) if len(set(slots)) == 1 else (range(len(slots)), slots)
+        far = self.far[rows, :, 0, slot].unflatten(1, q.shape[1:3])
+        weights = torch.softmax(torch.cat([near, far[..., -1:]], -1), -1)
+        return weights[..., :-1] @ values + weights[..., -1:] * far[..., :-1]

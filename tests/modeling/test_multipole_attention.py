@@ -1,0 +1,633 @@
+"""The operator and its PyTorch path: the properties, the ways it is used in training, and what it refuses."""
+
+import gc
+import itertools
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from hf_multipole import multipole_attention
+from hf_multipole.modeling import multipole_attention as module
+from hf_multipole.modeling import multipole_torch as kernel
+from hf_multipole.modeling.hierarchy import align_rows, far_columns, level_count
+from hf_multipole.modeling.summaries import HierarchicalSummary
+from hf_multipole.reference import multipole_attention_reference
+from tests.helpers.multipole_properties import (
+    LAYOUTS,
+    Case,
+    assert_within,
+    cases,
+    documents_do_not_meet,
+    exact_when_keys_are_constant,
+    exact_when_short,
+    future_does_not_matter,
+    make,
+    mask_of,
+    matches_reference,
+    padding_does_not_matter,
+    sees_exactly_what_is_visible,
+    weights_sum_to_one,
+)
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+EVERY = (torch.float64, *LOW)
+
+# One of everything: ragged, grouped heads, fewer bias columns than levels, a cap, other keys for the far field.
+FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical")
+PADDED = ((5, 3), (0, 16))
+SHAPES = {
+    "plain": {},
+    "padded": {"padding": PADDED},
+    "packed": {"cuts": (3, 21, 30)},
+    "packed and padded": {"cuts": (3, 21, 30), "padding": PADDED},
+}
+
+
+# Properties
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("summary", ["mean", "direct", "hierarchical"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_output_and_gradients_equal_the_reference(causal, summary, shape):
+    matches_reference(multipole_attention, replace(FULL, causal=causal, summary=summary, **SHAPES[shape]))
+
+
+@settings(max_examples=60)
+@given(case=cases())
+@example(replace(FULL, causal=False, bias_levels=0))  # the masses' gradient, summed over the heads of a group
+def test_any_call_equals_the_reference(case):
+    matches_reference(multipole_attention, case)
+
+
+@settings(max_examples=40)
+@given(case=cases(dtypes=LOW))
+def test_lower_precision_stays_within_its_bound(case):
+    matches_reference(multipole_attention, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_half_precision_is_rounded_once(causal, dtype):
+    """Closer than the bound of every implementation: what this one computes from its arguments is float32 to the end."""
+    case = replace(FULL, causal=causal, dtype=dtype, padding=PADDED)
+    actual = make(case).with_gradients(multipole_attention)
+    exact = make(case, torch.float64, rounded=dtype).with_gradients(multipole_attention_reference)
+    for name in ("out", "q"):
+        error = (actual[name].double() - exact[name]).abs()
+        assert (error <= 0.51 * torch.finfo(dtype).eps * exact[name].abs() + 1e-5).all(), (name, error.max())
+
+
+@given(case=cases(dtypes=EVERY))
+@example(replace(FULL, padding=PADDED))
+def test_weights_sum_to_one(case):
+    weights_sum_to_one(multipole_attention, case)
+
+
+@given(case=cases())
+@example(replace(FULL, padding=PADDED, cuts=(20,)))
+def test_sees_exactly_what_is_visible(case):
+    sees_exactly_what_is_visible(multipole_attention, case)
+
+
+@given(case=cases(dtypes=EVERY))
+@example(FULL)
+def test_the_future_does_not_matter(case):
+    future_does_not_matter(multipole_attention, case)
+
+
+@given(case=cases(dtypes=EVERY))
+@example(Case(n=8))
+@example(Case(n=1, cuts=()))
+def test_exact_when_the_near_field_covers_the_row(case):
+    exact_when_short(multipole_attention, case)
+
+
+@given(case=cases(dtypes=EVERY, n=st.integers(8, 60)))
+def test_exact_when_keys_are_constant(case):
+    exact_when_keys_are_constant(multipole_attention, case)
+
+
+@given(case=cases(dtypes=EVERY))
+@example(replace(FULL, causal=False))
+def test_padding_does_not_matter(case):
+    padding_does_not_matter(multipole_attention, case)
+
+
+@given(case=cases(dtypes=EVERY, n=st.integers(2, 60)))
+@example(replace(FULL, cuts=(3, 21, 30)))
+def test_documents_do_not_meet(case):
+    documents_do_not_meet(multipole_attention, case)
+
+
+# What must not matter
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_size_of_the_chunks_does_not_matter(monkeypatch, causal, shape):
+    """One block at a time, a few that do not divide a row, or all at once: to the last bits."""
+    case = replace(FULL, causal=causal, **SHAPES[shape])
+    results, chunks = [], set()
+
+    def counting(rows, columns, device):
+        chunks.add(size := real(rows, columns, device))
+        return size
+
+    real = kernel._blocks_at_once
+    monkeypatch.setattr(kernel, "_blocks_at_once", counting)
+    for logits in (1, 1500, 2**30):
+        monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", logits)
+        results.append(make(case).with_gradients(multipole_attention))
+    assert len(chunks) >= 3
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert_within(other[name], value, 1e-12, name, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_in_memory_does_not_matter(layout):
+    one, other = (make(replace(FULL, layout=name)) for name in ("contiguous", layout))
+    assert torch.equal(one(multipole_attention), other(multipole_attention))
+
+
+def test_expanded_arguments():
+    """Stride 0, as shared keys have it; the buffers written in place must not be them."""
+    case = replace(FULL, far_keys=False, summary="mean")
+    call = make(case)
+    with torch.no_grad():
+        for name in ("q", "k", "v"):
+            call.leaves[name].copy_(call.leaves[name][:1, :1].expand_as(call.leaves[name]))
+    expected = call.with_gradients(multipole_attention)
+    shared = {name: call.leaves[name][:1, :1].detach().requires_grad_() for name in ("q", "k", "v")}
+    out = multipole_attention(
+        **{name: x.expand_as(call.leaves[name]) for name, x in shared.items()}, far_bias=call.leaves["far_bias"], **call.options
+    )
+    assert_within(out.detach(), expected["out"], 1e-12, "out", case)
+    for name, gradient in zip(shared, torch.autograd.grad(out, list(shared.values()), call.upstream)):
+        assert_within(gradient, expected[name].sum((0, 1), keepdim=True), 1e-11, name, case)
+
+
+def test_arguments_are_not_written_to():
+    call = make(replace(FULL, padding=PADDED))
+    tensors = call.leaves | {"upstream": call.upstream}
+    before = {name: (x.clone(), x._version) for name, x in tensors.items()}
+    call.with_gradients(multipole_attention)
+    for name, (value, version) in before.items():
+        assert torch.equal(tensors[name], value) and tensors[name]._version == version, name
+
+
+@pytest.mark.parametrize("n", [7, 45])
+def test_one_tensor_in_every_place(n):
+    """Gradients of its four uses add up, though some are completed in place."""
+    case = replace(FULL, n=n, repeats=1, dim=4, value_dim=4)
+    call = make(case)
+    x = call.leaves["q"]
+    call.leaves |= {"k": x, "v": x, "far_keys": x}
+    (actual,) = torch.autograd.grad(call(multipole_attention), x, call.upstream, retain_graph=True)
+    (expected,) = torch.autograd.grad(call(multipole_attention_reference), x, call.upstream)
+    assert_within(actual, expected, 1e-10, "gradient", case)
+
+
+def test_backward_twice():
+    call = make(FULL)
+    out, leaves = call(multipole_attention), list(call.leaves.values())
+    first = torch.autograd.grad(out, leaves, call.upstream, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(out, leaves, call.upstream)):
+        assert torch.equal(one, other)
+
+
+def test_calls_between_forward_and_backward_do_not_matter():
+    """The work space kept from call to call holds nothing that a backward pass needs."""
+    call = make(FULL)
+    expected = call.with_gradients(multipole_attention)
+    out = call(multipole_attention)
+    make(replace(FULL, n=77, seed=1)).with_gradients(multipole_attention)
+    gradients = torch.autograd.grad(out, list(call.leaves.values()), call.upstream)
+    for name, gradient in zip(call.leaves, gradients):
+        assert torch.equal(gradient, expected[name])
+
+
+def test_threads_do_not_share_their_work_space():
+    inputs = [make(replace(FULL, seed=seed)) for seed in range(4)]
+    expected = [call.with_gradients(multipole_attention) for call in inputs]
+    wrong = []
+
+    def work(call, result):
+        for _ in range(5):
+            actual = call.with_gradients(multipole_attention)
+            wrong.extend(name for name in result if not torch.equal(actual[name], result[name]))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# In training
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradcheck(causal, shape):
+    """Numerical derivatives, which share nothing with the reference."""
+    case = replace(FULL, n=14, block_size=2, rank=1, dim=2, value_dim=1, batch=1, kv_heads=1, causal=causal)
+    padding = ((1, 2),) if "padded" in shape else None
+    call = make(replace(case, padding=padding, cuts=(2, 9) if "packed" in shape else None))
+    names = list(call.leaves)
+
+    def function(*leaves):
+        # The weights of the summaries are the modules' own: changed in place by gradcheck.
+        return replace_leaves(call, dict(zip(names, leaves)))(multipole_attention)
+
+    assert torch.autograd.gradcheck(function, tuple(call.leaves.values()))
+
+
+def replace_leaves(call, leaves):
+    return type(call)(leaves, call.options, call.upstream, call.layout)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_opcheck(causal):
+    """Schema, fake tensors and autograd of the custom operator, as torch.compile relies on them."""
+    seen = []
+    real = module.block_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "block_attention", lambda *arguments: seen.append(arguments) or real(*arguments))
+        make(replace(FULL, n=19, causal=causal, padding=PADDED[:1] * 2))(multipole_attention)
+        make(replace(FULL, n=19, causal=causal, softcap=None, dtype=torch.bfloat16, summary="mean"))(multipole_attention)
+    for arguments in seen:
+        leaves = (x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments)
+        torch.library.opcheck(real, tuple(leaves), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("causal, shape", [(True, "plain"), (True, "packed and padded"), (False, "padded"), (False, "packed")])
+def test_compiles_without_a_graph_break(causal, shape):
+    # Traced forward and backward; what the code generator makes of it is tried once, below.
+    torch._dynamo.reset()
+    compiled = torch.compile(multipole_attention, fullgraph=True, backend="aot_eager")
+    check_compiled(compiled, replace(FULL, causal=causal, **SHAPES[shape]))
+
+
+def test_compiles_to_code():
+    torch._dynamo.reset()
+    compiled = torch.compile(multipole_attention, fullgraph=True)
+    check_compiled(compiled, Case(n=12, batch=1, kv_heads=1, summary="hierarchical", padding=((2, 0),), dtype=torch.float32), 1e-5)
+
+
+def test_compiled_code_serves_other_data():
+    """Masks and segments are data: others of the same shape must not compile again."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(multipole_attention, fullgraph=True, backend=backend, dynamic=False)
+    for cuts in ((3, 21, 30), (7, 8), (1, 2, 3, 4)):
+        for padding in (PADDED, ((0, 0), (7, 1))):
+            case = replace(FULL, summary="mean", cuts=cuts, padding=padding, queries=9)
+            with torch.no_grad():
+                assert_within(make(case)(compiled), make(case)(multipole_attention), 1e-12, "out", case)
+    assert len(graphs) == 1
+
+
+def check_compiled(compiled, case, bound=1e-11):
+    actual, expected = (make(case).with_gradients(function) for function in (compiled, multipole_attention))
+    for name, value in expected.items():
+        assert_within(actual[name], value, bound * max(1, value.abs().max().item()), name, case)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradient_checkpointing(reentrant, dropout_p):
+    call = make(replace(FULL, padding=PADDED))
+    call.options["dropout_p"] = dropout_p
+
+    def checkpointed(q, k, v, **options):
+        # Outputs of an operation before it, as in a model; summaries' weights reach it from outside.
+        return checkpoint(lambda *x: multipole_attention(*x, **options), q * 1, k * 1, v * 1, use_reentrant=reentrant)
+
+    torch.manual_seed(5)
+    expected = call.with_gradients(multipole_attention)
+    torch.manual_seed(5)
+    if reentrant:  # accepts .backward() alone
+        out = call(checkpointed)
+        out.backward(call.upstream)
+        actual = {"out": out.detach()} | {name: x.grad for name, x in call.leaves.items()}
+    else:
+        actual = call.with_gradients(checkpointed)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_autocast():
+    """float32 in, bfloat16 computed and out, as by torch's own attention; gradients are float32."""
+    case = replace(FULL, dtype=torch.float32, far_keys=False, padding=PADDED)
+    call = make(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(multipole_attention)
+    assert out.dtype == torch.bfloat16
+    gradients = dict(zip(call.leaves, torch.autograd.grad(out, list(call.leaves.values()), call.upstream.bfloat16())))
+    # Without autocast, on rounded tensors.
+    rounded = make(case)
+    expected = rounded(lambda q, k, v, **options: multipole_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options))
+    assert torch.equal(out, expected)
+    expected = torch.autograd.grad(expected, list(rounded.leaves.values()), call.upstream.bfloat16())
+    for name, value in zip(call.leaves, expected):
+        assert gradients[name].dtype == torch.float32
+        assert torch.equal(gradients[name], value), name
+
+
+def test_autocast_takes_far_keys_of_another_dtype():
+    call = make(replace(FULL, dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert call(lambda q, **options: multipole_attention(q.bfloat16(), **options)).dtype == torch.bfloat16
+
+
+# Dropout
+
+
+def block_layout(near, far, n, block_size, rank, kv_heads, causal):
+    """Factors by query and column of the reference, ``(batch, heads, n, n)`` and ``(.., summaries)``, by block and column."""
+    blocks = -(-n // block_size)
+    columns = far_columns(n, block_size, level_count(n, block_size), causal)
+    batch, heads = near.shape[:2]
+    offsets = torch.tensor([-1, 0] if causal else [-1, 0, 1])
+    query = (torch.arange(blocks)[:, None] * block_size + torch.arange(block_size)).clamp(max=n - 1)
+    key = (torch.arange(blocks)[:, None, None] + offsets[:, None]) * block_size + torch.arange(block_size)
+    key = key.flatten(1).clamp(0, n - 1)  # beyond the row: hidden, whatever the factor
+    summary = (columns.row[..., None] * rank + torch.arange(rank)).flatten(1)
+    both = torch.cat([near[:, :, query[:, :, None], key[:, None]], far[:, :, query[:, :, None], summary[:, None]]], -1)
+    both = both.view(batch, kv_heads, heads // kv_heads, blocks, block_size, -1).transpose(2, 3)
+    return both.reshape(batch * kv_heads * blocks, -1, both.shape[-1])
+
+
+@pytest.mark.parametrize("logits", [1, 2**30])
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_is_that_of_the_reference(monkeypatch, causal, logits):
+    """The same factors in both: zeros drop near and far weights after the softmax, in gradients too."""
+    case = replace(FULL, causal=causal)
+    generator = torch.Generator().manual_seed(0)
+    heads, levels = case.kv_heads * case.repeats, level_count(case.n, case.block_size)
+    summaries = case.rank * sum(-(-case.n // (case.block_size << level)) for level in range(levels))
+    near, far = (
+        (torch.rand(case.batch, heads, case.n, columns, dtype=torch.float64, generator=generator) > 0.3) / 0.7
+        for columns in (case.n, summaries)
+    )
+    factors = block_layout(near, far, case.n, case.block_size, case.rank, case.kv_heads, causal)
+
+    def known(shape, p, generator, first):
+        assert p == 0.3
+        return factors[first : first + shape[0]].view(shape)
+
+    monkeypatch.setattr(kernel, "dropout_factors", known)
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", logits)
+    call = make(case)
+    actual = call.with_gradients(lambda *tensors, **options: multipole_attention(*tensors, **options, dropout_p=0.3))
+    expected = call.with_gradients(
+        lambda *tensors, **options: multipole_attention_reference(*tensors, **options, dropout_near=near, dropout_far=far)
+    )
+    without = call(multipole_attention)
+    assert (without - actual["out"]).abs().max() > 0.1
+    for name, value in expected.items():
+        assert_within(actual[name], value, 1e-10, name, case)
+
+
+def test_dropout_is_drawn_once_for_forward_and_backward(monkeypatch):
+    """The output is linear in the values: with one set of factors, <gradient, values> is <output, upstream>."""
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 1500)
+    call = make(replace(FULL, summary="mean"))
+    call.options["dropout_p"] = 0.4
+    torch.manual_seed(0)
+    first, second = call.with_gradients(multipole_attention), call.with_gradients(multipole_attention)
+    for result in (first, second):
+        torch.testing.assert_close((result["v"] * call.leaves["v"]).sum(), (result["out"] * call.upstream).sum())
+    assert not torch.equal(first["out"], second["out"])
+    torch.manual_seed(0)
+    assert torch.equal(call(multipole_attention), first["out"])
+
+
+def test_dropout_factors_are_zero_or_scaled_up():
+    factors = kernel.dropout_factors((20, 50, 50), 0.2, torch.Generator().manual_seed(0), 0)
+    assert set(factors.unique().tolist()) == {0.0, torch.tensor(1 / 0.8).item()}
+    # Five standard deviations of the mean of 50 000 draws.
+    assert abs(factors.mean().item() - 1) < 5 * (0.25 / factors.numel()) ** 0.5
+
+
+def test_dropout_differs_between_rows_and_heads_and_blocks(monkeypatch):
+    seen = []
+    real = kernel.dropout_factors
+    monkeypatch.setattr(kernel, "dropout_factors", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 1)
+    call = make(replace(FULL, repeats=1))
+    call.options["dropout_p"] = 0.5
+    call(multipole_attention)
+    drawn = [factors[0] for factors in seen]
+    assert len(drawn) == 2 * 2 * 12
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
+
+
+# Attention weights
+
+
+def aligned(call, **options):
+    """Keyword arguments of aligned_attention for the call's tensors."""
+    mask, ids = call.options["attention_mask"], call.options["segment_ids"]
+    alignment = None if mask is None and ids is None else align_rows(mask, ids, call.options["block_size"])
+    rest = {name: value for name, value in call.options.items() if name not in ("attention_mask", "segment_ids")}
+    tensors = {name: call.leaves.get(name) for name in ("q", "k", "v", "far_keys", "far_bias")}
+    return module.aligned_attention(**tensors, alignment=alignment, **rest, **options)
+
+
+@pytest.mark.parametrize("queries", [None, 1, 10])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_weights_are_those_of_the_reference(causal, queries):
+    for case in (replace(FULL, causal=causal, queries=queries), Case(n=7, queries=queries and 3, causal=causal)):
+        call = make(case)
+        out, weights = aligned(call, return_weights=True)
+        expected_out, expected = call(lambda *x, **options: multipole_attention_reference(*x, **options, return_weights=True))
+        assert_within(weights, expected, 1e-12, "weights", case)
+        assert_within(out, expected_out, 1e-12, "out", case)
+        assert not weights.requires_grad
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_weights_of_padded_and_packed_rows(shape):
+    """They belong to visible tokens and sum to one; in rows of one document, those of tokens are the reference's."""
+    case = replace(FULL, causal=False, **SHAPES[shape])
+    call = make(case)
+    out, weights = aligned(call, return_weights=True)
+    real = call.real_queries()[:, None].double().expand(weights.shape[:3])
+    assert_within(weights.sum(-1), real, 1e-12, "sums of weights", case)
+    assert ((weights[..., : case.n] == 0) | call.visible()[:, None]).all()
+    assert_within(out, call(multipole_attention), 0, "out", case)
+    if case.cuts is None:
+        _, expected = call(lambda *x, **options: multipole_attention_reference(*x, **options, return_weights=True))
+        assert_within(weights[..., : case.n], expected[..., : case.n], 1e-12, "weights of tokens", case)
+
+
+# Not-a-number and infinity
+
+
+@pytest.mark.parametrize("shape", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name, value", [("k", torch.nan), ("v", torch.nan), ("v", torch.inf), ("q", torch.nan), ("far_keys", torch.nan)])
+def test_what_is_not_finite_reaches_whom_the_reference_says(name, value, causal, shape):
+    """Neither farther, as a masked 0 * NaN would, nor less far, which would hide a fault of the model."""
+    case = replace(FULL, summary="mean", softcap=None, causal=causal, far_keys=name == "far_keys", **SHAPES[shape])
+    reached = 0
+    for token in (6, 20, 28, 44):
+        call = make(case)
+        with torch.no_grad():
+            call.leaves[name][:, 0, token, 1] = value
+        actual, expected = call(multipole_attention).isfinite(), call(multipole_attention_reference).isfinite()
+        assert torch.equal(actual, expected), f"token {token}"
+        reached += (~expected).sum()
+    assert reached > 0
+
+
+# Cost
+
+
+def peak_bytes(function) -> int:
+    """Most bytes of tensors allocated at one time while the function runs; what only the garbage collector frees stays."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+    finally:
+        gc.enable()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # They are listed thread by thread, and the backward pass has its own.
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_is_linear(monkeypatch, causal):
+    monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 2**12)
+    peaks = []
+    for n in (1024, 2048, 4096):
+        monkeypatch.setattr(kernel, "_arena", threading.local())
+        call = make(replace(FULL, n=n, block_size=32, batch=1, kv_heads=1, dim=16, value_dim=16, dtype=torch.float32, causal=causal))
+        peaks.append(peak_bytes(lambda: call.with_gradients(multipole_attention)))
+    # One weight a pair of tokens would make 64 MiB a head.
+    assert peaks[2] < 4096 * 4096
+    assert peaks[1] - peaks[0] > 0 and (peaks[2] - peaks[1]) / (peaks[1] - peaks[0]) < 2.5
+
+
+# What is refused
+
+
+def tensors(n=20, heads=2, kv_heads=2, dim=4, **options):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
+    return {"q": q, "k": k, "v": v, "block_size": 4, "rank": 2} | options
+
+
+ONES = torch.ones(2, 20, dtype=torch.long)
+HOLE = ONES.clone()
+HOLE[1, 7] = 0
+TORN = ONES.clone()
+TORN[1, 5:9] = 3
+
+REFUSED = {
+    "rank does not divide": ({"rank": 3}, ValueError, "rank 3 does not divide block_size 4"),
+    "rank above block size": ({"rank": 8}, ValueError, "rank 8 does not divide block_size 4"),
+    "rank 0": ({"rank": 0}, ValueError, "rank is 0"),
+    "negative block size": ({"block_size": -4}, ValueError, "block_size is -4"),
+    "fractional block size": ({"block_size": 4.0}, ValueError, "block_size is 4.0"),
+    "truth as rank": ({"rank": True}, ValueError, "rank is True"),
+    "levels below none": ({"max_levels": -1}, ValueError, "max_levels is -1"),
+    "levels that are no number": ({"max_levels": 1.0}, ValueError, "max_levels is 1.0"),
+    "bias that is no tensor": ({"far_bias": -6.0}, TypeError, "far_bias is float"),
+    "mask that is no tensor": ({"attention_mask": [[1]]}, TypeError, "attention_mask is list"),
+    "scale that is no number": ({"scale": float("nan")}, ValueError, "scale is nan"),
+    "bias of other heads": ({"far_bias": torch.zeros(3, 2)}, ValueError, "far_bias has shape"),
+    "bias without levels": ({"far_bias": torch.zeros(2, 0)}, ValueError, "far_bias has shape"),
+    "bias of one dimension": ({"far_bias": torch.zeros(2)}, ValueError, "far_bias has shape"),
+    "bias elsewhere": ({"far_bias": torch.zeros(2, 2, device="meta")}, ValueError, "far_bias is on meta"),
+    "heads not grouped": ({"q": torch.zeros(2, 3, 20, 4)}, ValueError, "3 heads"),
+    "fewer heads than of keys": ({"q": torch.zeros(2, 1, 20, 4)}, ValueError, "1 heads"),
+    "q of another width": ({"q": torch.zeros(2, 2, 20, 5)}, ValueError, "k has shape"),
+    "k of another batch": ({"k": torch.zeros(3, 2, 20, 4)}, ValueError, "k has shape"),
+    "v of another length": ({"v": torch.zeros(2, 2, 19, 4)}, ValueError, "v has shape"),
+    "v of other heads": ({"v": torch.zeros(2, 1, 20, 4)}, ValueError, "v has shape"),
+    "far keys of another length": ({"far_keys": torch.zeros(2, 2, 19, 4)}, ValueError, "far_keys has shape"),
+    "more queries than keys": ({"q": torch.zeros(2, 2, 21, 4)}, ValueError, "q has 21 tokens"),
+    "no tokens": ({"q": torch.zeros(2, 2, 0, 4)}, ValueError, "q is empty"),
+    "q of three dimensions": ({"q": torch.zeros(2, 20, 4)}, ValueError, "q must be a tensor"),
+    "k no tensor": ({"k": [0.0]}, ValueError, "k must be a tensor"),
+    "integers": ({"q": torch.zeros(2, 2, 20, 4, dtype=torch.long)}, TypeError, "q has dtype torch.int64"),
+    "two dtypes": ({"k": torch.zeros(2, 2, 20, 4, dtype=torch.float64)}, TypeError, "k has dtype torch.float64, but q has torch.float32"),
+    "two devices": ({"v": torch.zeros(2, 2, 20, 4, device="meta")}, ValueError, "v is on meta"),
+    "mask elsewhere": ({"attention_mask": ONES.to("meta")}, ValueError, "attention_mask is on meta"),
+    "segments elsewhere": ({"segment_ids": ONES.to("meta")}, ValueError, "segment_ids is on meta"),
+    "mask of pairs": ({"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool)}, ValueError, "attention_mask has shape"),
+    "mask of another length": ({"attention_mask": ONES[:, 1:]}, ValueError, "attention_mask has shape"),
+    "mask of another batch": ({"attention_mask": ONES[:1]}, ValueError, "attention_mask has shape"),
+    "mask of floats": ({"attention_mask": torch.zeros(2, 20)}, TypeError, "attention_mask has dtype torch.float32"),
+    "mask with a hole": ({"attention_mask": HOLE}, ValueError, "attention_mask has a hole in row 1"),
+    "segments of one dimension": ({"segment_ids": ONES[0]}, ValueError, "segment_ids has shape"),
+    "segments of floats": ({"segment_ids": torch.zeros(2, 20)}, TypeError, "segment_ids has dtype torch.float32"),
+    "torn segment": ({"segment_ids": TORN}, ValueError, "segment_ids of row 1"),
+    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
+    "softcap inf": ({"softcap": math.inf}, ValueError, "softcap is inf"),
+    "dropout of everything": ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+    "negative dropout": ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
+    "unknown backend": ({"backend": "tvm"}, ValueError, "backend is 'tvm'"),
+    "summary of another block size": ({"key_summary": HierarchicalSummary(2, 2, 2, 4)}, ValueError, "key_summary"),
+    "summary of another rank": ({"value_summary": HierarchicalSummary(4, 4, 2, 4)}, ValueError, "value_summary"),
+    "summary of other heads": ({"key_summary": HierarchicalSummary(4, 2, 1, 4)}, ValueError, "key_summary"),
+    "summary of another width": ({"value_summary": HierarchicalSummary(4, 2, 2, 3)}, ValueError, "value_summary"),
+}
+
+
+@pytest.mark.parametrize("options, error, words", REFUSED.values(), ids=REFUSED)
+def test_refused_with_the_name_of_the_argument(options, error, words):
+    with pytest.raises(error, match=words):
+        multipole_attention(**tensors(**options))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_row_of_padding_alone(causal, packed):
+    """Zeros, without NaN in outputs and gradients; the other row is as ever."""
+    cuts = (9, 30) if packed else None
+    call = make(replace(FULL, causal=causal, padding=((45, 0), (0, 0)), cuts=cuts))
+    result = call.with_gradients(multipole_attention)
+    assert all(value.isfinite().all() for value in result.values())
+    assert all((result[name][0] == 0).all() for name in ("out", "q", "k", "v", "far_keys"))
+    other = make(replace(FULL, causal=causal, cuts=cuts)).with_gradients(multipole_attention)
+    assert_within(result["out"][1], other["out"][1], 1e-12, "the other row", call)
+
+
+def test_masks_of_every_kind_are_one():
+    """Bool, integers of any width; a mask of ones is no mask."""
+    call = make(replace(FULL, padding=((0, 9), (4, 0))))
+    mask = mask_of(replace(FULL, padding=((0, 9), (4, 0))))
+    expected = call(multipole_attention)
+    for dtype in (torch.bool, torch.uint8, torch.int32, torch.long):
+        call.options["attention_mask"] = mask.to(dtype)
+        assert torch.equal(call(multipole_attention), expected)
+    call.options["attention_mask"] = torch.ones_like(mask)
+    full = call(multipole_attention)
+    call.options["attention_mask"] = None
+    assert_within(full, call(multipole_attention), 1e-12, "a full mask", FULL)
+
+
+def test_work_space_made_in_inference_mode_serves_outside_of_it():
+    q = torch.randn(1, 1, 5000, 4)  # more than any call before it needed
+    with torch.inference_mode():
+        inside = multipole_attention(q, q, q, block_size=64)
+    torch.testing.assert_close(multipole_attention(q, q, q, block_size=64), inside.clone())

@@ -1,0 +1,398 @@
+"""The GPU kernels: on a GPU where there is one, else under Triton's interpreter; and compiled for GPUs that need not be there."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import hf_multipole
+from hf_multipole.modeling import multipole_state
+from hf_multipole.modeling.backends import takes_kernels
+from hf_multipole.reference import multipole_attention_reference
+from tests.helpers.multipole_properties import (
+    Case,
+    as_without_downsampling,
+    assert_within,
+    documents_do_not_meet,
+    exact_when_keys_are_constant,
+    exact_when_short,
+    future_does_not_matter,
+    make,
+    matches_reference,
+    padding_does_not_matter,
+    sees_exactly_what_is_visible,
+    weights_sum_to_one,
+)
+from tests.helpers.tiny_models import build, tokens
+
+triton = pytest.importorskip("triton")
+
+from hf_multipole.modeling import multipole_kernels, state_triton, triton_common  # noqa: E402
+from hf_multipole.modeling import multipole_triton as kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
+# The interpreter computes what is not finite as the kernels do, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+multipole_attention = partial(hf_multipole.multipole_attention, backend="triton")
+
+# One of everything, as small as three levels allow.
+FULL = Case(n=17, batch=1, kv_heads=1, repeats=2, block_size=2, rank=1, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical")
+FULL = replace(FULL, dtype=torch.float32)
+PACKED = {"cuts": (5,), "padding": ((2, 1),)}
+
+CASES = {
+    "causal": FULL,
+    "bidirectional": replace(FULL, repeats=1, causal=False),
+    "padded, bidirectional": replace(FULL, n=12, causal=False, padding=((2, 1),)),
+    "packed": replace(FULL, repeats=1, **PACKED),
+    "packed, bidirectional": replace(FULL, repeats=1, causal=False, **PACKED),
+    "two rows, two key heads, heads between tokens": replace(FULL, n=7, batch=2, kv_heads=2, layout="fused"),
+    "rows of different padding": replace(FULL, n=11, repeats=1, batch=2, causal=False, padding=((3, 1), (0, 4)), layout="strided"),
+    "the last queries": replace(FULL, queries=3),
+    "one query": replace(FULL, queries=1, bias_levels=0),
+    "no far field": replace(FULL, n=3),
+    "one token": replace(FULL, n=1),
+    "no size weighting, no cap": replace(FULL, n=9, size_weighting=False, softcap=None, bias_levels=0, far_keys=False, summary="mean"),
+    "direct, ragged": replace(FULL, n=21, block_size=4, rank=2, causal=False, summary="direct", size_weighting=False),
+    "whole tiles": replace(FULL, n=70, block_size=16, rank=4, dim=16, value_dim=32, repeats=1),
+    "fewer levels than the row has": replace(FULL, repeats=1, max_levels=1),
+    "O(n) form": replace(FULL, repeats=1, downsample=True),
+    "O(n) form, packed, bidirectional": replace(FULL, repeats=1, causal=False, downsample=True, **PACKED),
+    "several tiles a block, causal": replace(FULL, n=160, block_size=100, rank=4, repeats=1),
+    "several tiles a block": replace(FULL, n=150, block_size=70, rank=35, repeats=1, causal=False, softcap=None),
+}  # fmt: skip
+LOW = {
+    "bfloat16, bidirectional": replace(FULL, dtype=torch.bfloat16, repeats=1, causal=False, **PACKED),
+    "bfloat16, whole tiles": replace(CASES["whole tiles"], dtype=torch.bfloat16, softcap=None),
+    "float16": replace(FULL, repeats=1, dtype=torch.float16),
+    "float16, bidirectional, packed": replace(FULL, dtype=torch.float16, causal=False, **PACKED),
+    "bfloat16, O(n) form": replace(FULL, dtype=torch.bfloat16, repeats=1, downsample=True),
+    "float16, O(n) form": replace(FULL, dtype=torch.float16, repeats=1, downsample=True, causal=False, padding=((2, 1),)),
+}
+
+
+# Properties
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_output_and_gradients_equal_the_reference(case):
+    matches_reference(multipole_attention, case, DEVICE)
+
+
+@pytest.mark.parametrize("case", LOW.values(), ids=LOW)
+def test_low_precision_is_within_twice_the_error_of_a_reference_that_rounds_its_products(case):
+    matches_reference(multipole_attention, case, DEVICE, rounded_products=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_sum_to_one(dtype):
+    weights_sum_to_one(multipole_attention, replace(FULL, dtype=dtype, padding=((3, 2),)), DEVICE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_sees_exactly_what_is_visible(causal):
+    sees_exactly_what_is_visible(multipole_attention, replace(FULL, n=7, repeats=1, causal=causal), DEVICE)
+
+
+def test_the_future_does_not_matter():
+    future_does_not_matter(multipole_attention, replace(FULL, n=7, repeats=1), DEVICE)
+
+
+def test_exact_when_the_near_field_covers_the_row():
+    exact_when_short(multipole_attention, FULL, DEVICE)
+
+
+def test_exact_when_keys_are_constant():
+    exact_when_keys_are_constant(multipole_attention, replace(FULL, causal=False), DEVICE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_as_without_downsampling_where_queries_are_constant(causal):
+    as_without_downsampling(multipole_attention, replace(FULL, repeats=1, causal=causal), DEVICE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_does_not_matter(causal):
+    padding_does_not_matter(multipole_attention, replace(FULL, n=7, repeats=1, causal=causal), DEVICE)
+
+
+def test_documents_do_not_meet():
+    documents_do_not_meet(multipole_attention, replace(FULL, n=12, repeats=1, causal=False, cuts=(3,)), DEVICE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name, value", [("k", torch.nan), ("v", torch.nan), ("v", torch.inf), ("q", torch.nan)])
+def test_what_is_not_finite_reaches_the_queries_that_see_it(name, value, causal):
+    """All channels of them, but no other query."""
+    case = replace(FULL, repeats=1, causal=causal, summary="mean", far_keys=False, softcap=None)
+    call = make(case if causal else replace(case, cuts=(9,)))
+    with torch.no_grad():
+        call.leaves[name][:, 0, 5, 1] = value
+    expected = call(multipole_attention_reference).isfinite().all(-1)
+    call = type(call)({key: x.to(DEVICE) for key, x in call.leaves.items()}, call.options, call.upstream)
+    assert torch.equal(call(multipole_attention).isfinite().all(-1).cpu(), expected)
+    assert not expected.all() and expected.any()
+
+
+# Sizes of models
+
+BIG = Case(n=330, block_size=64, rank=4, batch=1, kv_heads=1, repeats=2, dim=64, value_dim=64, summary="hierarchical", bias_levels=2)
+SIZES = {
+    "bfloat16": replace(BIG, dtype=torch.bfloat16),
+    "float32": replace(BIG, repeats=1, causal=False, padding=((30, 20),), softcap=5.0, dtype=torch.float32),
+}
+ON_GPU = {
+    "8192 tokens": replace(BIG, n=8192, batch=2, kv_heads=4, dtype=torch.bfloat16),
+    "float16, ragged": replace(BIG, n=5000, causal=False, dtype=torch.float16),
+    "head_dim 128, packed": replace(BIG, n=4096, dim=128, value_dim=128, cuts=(700, 3000), dtype=torch.bfloat16),
+    "head_dim 256, padded": replace(BIG, n=2048, dim=256, value_dim=256, padding=((100, 7),), dtype=torch.bfloat16, far_keys=True),
+    "head_dim 16, rank 16": replace(BIG, n=3000, dim=16, value_dim=16, rank=16, causal=False, cuts=(1000,), dtype=torch.bfloat16),
+    "blocks of 256": replace(BIG, n=8192, block_size=256, rank=8, softcap=20.0, dtype=torch.bfloat16),
+    "float32, head_dim 128": replace(BIG, n=4096, dim=128, value_dim=64, dtype=torch.float32),
+    "float32, head_dim 256": replace(BIG, n=2048, dim=256, value_dim=256, causal=False, dtype=torch.float32),
+    "65536 tokens": replace(BIG, n=65536, kv_heads=2, dtype=torch.bfloat16),
+}
+ON_GPU = [pytest.param(case, id=name, marks=gpu) for name, case in ON_GPU.items()]
+
+
+@pytest.mark.parametrize("case", [*(pytest.param(case, id=name) for name, case in SIZES.items()), *ON_GPU])
+def test_error_is_within_twice_that_of_the_pytorch_path(case):
+    """Which is held to the reference, and in float64 stands for it here."""
+    exact, other, actual = (
+        make(case, dtype, device=DEVICE).with_gradients(partial(hf_multipole.multipole_attention, backend=backend))
+        for dtype, backend in ((torch.float64, "torch"), (None, "torch"), (None, "triton"))
+    )
+    for name, value in exact.items():
+        unavoidable = (other[name].double() - value).abs().max().item()
+        size = value.abs().max().item()
+        # As in properties.error_bounds: the result's rounding, and one of float32 a term of the sums.
+        rounding = torch.finfo(case.dtype).eps * size + (case.n + case.dim) * torch.finfo(torch.float32).eps * max(1.0, size)
+        assert_within(actual[name], value, 2 * unavoidable + rounding, name, case)
+
+
+# Generation
+
+
+LINEAR = {"layer_types": ["multipole_linear_attention"]}
+CACHES = {
+    "direct": ({"summary": "direct", "size_weighting": False}, True),
+    "rotated": ({"rotate_summaries": True}, False),
+    "fewer levels than the row has": ({"max_position_embeddings": 8}, True),
+    "no levels": ({"max_position_embeddings": 4}, False),
+    "O(n) form": (LINEAR, True),
+    "O(n) form, no levels": (LINEAR | {"max_position_embeddings": 4}, True),
+    "O(n) form, rotated, bfloat16": (LINEAR | {"rotate_summaries": True, "dtype": torch.bfloat16}, False),
+    "O(n) form, direct, float16": (LINEAR | {"summary": "direct", "dtype": torch.float16}, False),
+}
+
+
+@pytest.mark.parametrize("options, padded", CACHES.values(), ids=CACHES)
+def test_a_cache_on_the_kernels(monkeypatch, options, padded):
+    """A prompt in two pieces, then single tokens, over the ends of blocks of all levels: the PyTorch path's logits, and one pass's."""
+    sizes = {"layer_types": ["multipole_attention"], "block_size": 2, "rank": 1, "num_key_value_heads": 1, "dtype": torch.float32}
+    model = build(**sizes | options).to(DEVICE)
+    ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
+    mask[1, :3] = 1 - padded
+    with torch.no_grad():
+        results = [model(ids.to(DEVICE), attention_mask=mask.to(DEVICE), use_cache=False).logits * mask[..., None].to(DEVICE)]
+    steps, real = [], state_triton.step
+    monkeypatch.setattr(state_triton, "step", lambda *arguments: steps.append(arguments) or real(*arguments))
+    for use in (False, True):
+        monkeypatch.setattr(multipole_state, "takes_kernels", lambda *_, use=use: use)
+        cache, logits, done = None, [], 0
+        for piece in (5, 2, 1, 1, 1, 1):
+            done += piece
+            with torch.no_grad():
+                out = model(
+                    ids[:, done - piece : done].to(DEVICE), attention_mask=mask[:, :done].to(DEVICE), past_key_values=cache, use_cache=True
+                )
+            cache = out.past_key_values
+            logits.append(out.logits * mask[:, done - piece : done, None].to(DEVICE))
+        results.append(torch.cat(logits, 1))
+        assert len(steps) == (4 if use else 0)
+    # Low precision: a few roundings of numbers of the size of the logits.
+    close = 100 * torch.finfo(torch.float32).eps if model.dtype == torch.float32 else 4 * torch.finfo(model.dtype).eps
+    for expected in results[:2]:
+        assert_within(results[2], expected, close * expected.abs().max().item(), "logits", options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("linear", [False, True], ids=["", "O(n) form"])
+def test_a_step_has_a_cap_and_grouped_heads(linear, dtype):
+    """Against its definition, tokens alone or with the far result of a segment; and its registration."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 6, 5), (2, 2, 12, 5), (2, 2, 12, 3), (2, 6, 3, 4)
+    q, keys, values, far = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
+    q, lengths = q.to(dtype), torch.tensor([9, 13], dtype=torch.int32, device=DEVICE)
+    arguments = (q, keys, values, lengths, 0, None, far if linear else None, 12, 4, 4, 2, True, 0.5, 1.5)
+    out = state_triton.step(*arguments)
+    for row, length in enumerate(lengths.tolist()):
+        slots = torch.arange((length // 4 - 1) * 4, length + 1) % 12
+        for head in range(6):
+            k, v = (x[row, head // 3, slots].double() for x in (keys, values))
+            logits = 1.5 * torch.tanh(0.5 * (k @ q[row, head].double()) / 1.5)
+            if linear:
+                *mean, total = far[row, head, length // 2 % 3].double().tolist()
+                logits, v = torch.cat([logits, logits.new_tensor([total])]), torch.cat([v, v.new_tensor([mean])])
+            torch.testing.assert_close(out[row, head].double(), torch.softmax(logits, 0) @ v, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(state_triton.step, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# The operator
+
+
+def test_the_log_sum_exp_has_a_gradient():
+    """One block, without a far field, against PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(1, 2, 6, 5, generator=generator, dtype=torch.float64) for _ in range(4))
+    of_lse, far = torch.randn(1, 2, 6, generator=generator, dtype=torch.float64), torch.zeros(1, 2, 0, 5, device=DEVICE)
+
+    def ours(q, k, v):
+        return kernels.attention(q, k, v, far, far, None, None, None, None, None, [], [], 6, 1, 0, True, True, 0.5, None)
+
+    def exact(q, k, v):
+        logits = (q @ k.transpose(2, 3) * 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1) / math.log(2)
+
+    results = []
+    for function, dtype, device in ((ours, torch.float32, DEVICE), (exact, torch.float64, "cpu")):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        for weights in ((upstream, of_lse), (0 * upstream, of_lse)):
+            given = [x.to(device, dtype) for x in weights]
+            results.append(torch.autograd.grad(function(*leaves), leaves, given))
+        results.append(
+            torch.autograd.grad(function(*leaves)[1], leaves, of_lse.to(device, dtype), allow_unused=True, materialize_grads=True)
+        )
+    for actual, expected in zip(results[:3], results[3:]):
+        for a, b in zip(actual, expected):
+            torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_summaries_meet(monkeypatch):
+    """Several programs share the queries that see a group, some of which are not there."""
+    monkeypatch.setattr(kernels, "_UNIT", 4)
+    matches_reference(multipole_attention, replace(FULL, queries=7, repeats=1, softcap=None), DEVICE)
+
+
+def test_opcheck():
+    seen = []
+    real = kernels.attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "attention", lambda *arguments: seen.append(arguments) or real(*arguments))
+        for case in (replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)):
+            make(case, device=DEVICE)(multipole_attention)
+    for arguments in seen:
+        leaves = (x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments)
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+        torch.library.opcheck(real, tuple(leaves), test_utils=utils)
+
+
+def test_compiles_without_a_graph_break():
+    case = replace(FULL, n=7, causal=False, cuts=(3,), padding=((1, 0),), layout="fused")
+    torch._dynamo.reset()
+    compiled = torch.compile(multipole_attention, fullgraph=True, backend="aot_eager")
+    actual, expected = (make(case, device=DEVICE).with_gradients(function) for function in (compiled, multipole_attention))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+CANNOT = {
+    "dropout": ({"dropout_p": 0.1}, "dropout_p is 0.1"),
+    "float64": ({"dtype": torch.float64}, "torch.float64"),
+    "wide heads": ({"width": 257}, "that of q is 257"),
+    "order 4": ({"order": 4}, "but there are 3"),
+}
+
+
+@pytest.mark.parametrize("options, words", [({}, None), ({"width": 256}, None), *CANNOT.values()], ids=["", "256", *CANNOT])
+def test_auto_takes_the_kernels_on_cuda_devices(options, words):
+    """But not where they cannot run, where "triton" raises; nowhere else, and nowhere where PyTorch is asked for."""
+    options = dict(options)
+    dtype, widths = options.pop("dtype", torch.float32), {"q": options.pop("width", 64)}
+    gpu, cpu = (SimpleNamespace(device=torch.device(device), dtype=dtype) for device in ("cuda", "cpu"))
+    assert takes_kernels("auto", gpu, widths, **options) == (words is None)
+    assert not takes_kernels("torch", gpu, widths, **options)
+    assert not takes_kernels("auto", cpu, widths, **options)
+    if words is None:
+        assert takes_kernels("triton", gpu, widths, **options)
+    else:
+        with pytest.raises((ValueError, TypeError), match=words):
+            takes_kernels("triton", gpu, widths, **options)
+
+
+# What is refused
+
+
+def small(device=DEVICE, **options):
+    q = torch.zeros(1, 1, 3, 4)
+    given = {"q": q, "k": q, "v": q, "block_size": 2, "rank": 1} | options
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+
+
+WIDE = torch.zeros(1, 1, 3, 257)
+REFUSED = {
+    "float64": (
+        {name: torch.zeros(1, 1, 3, 4, dtype=torch.float64) for name in "qkv"},
+        TypeError,
+        "q has torch.float64; pass backend='auto' or 'torch'",
+    ),
+    "wide heads": ({name: WIDE for name in "qkv"}, ValueError, "that of q is 257; pass backend='auto' or 'torch'"),
+    "wide values": ({"v": WIDE}, ValueError, "that of v is 257; pass backend='auto' or 'torch'"),
+    "dropout": ({"dropout_p": 0.1}, ValueError, "dropout_p is 0.1; pass backend='auto' or 'torch'"),
+}
+
+
+@pytest.mark.parametrize("options, error, words", REFUSED.values(), ids=REFUSED)
+def test_refused_with_a_remedy(options, error, words):
+    with pytest.raises(error, match=words):
+        multipole_attention(**small(**options))
+
+
+def test_a_device_that_has_no_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="q is on cpu; move them, or pass backend='auto' or 'torch'"):
+        multipole_attention(**small("cpu"))
+
+
+def test_without_triton_or_with_an_old_one(monkeypatch):
+    for module in (kernels, triton_common, multipole_kernels):
+        monkeypatch.delitem(sys.modules, module.__name__)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "__version__", "3.2.0")
+        with pytest.raises(ImportError, match="need Triton 3.3 or later, but this is 3.2.0"):
+            multipole_attention(**small())
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match="pip install 'triton>=3.3', or pass backend='torch'"):
+        multipole_attention(**small())
+    assert hf_multipole.multipole_attention(**small(), backend="torch").shape == (1, 1, 3, 4)
+
+
+# Compiled
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, dim, everything",
+    [(90, "bfloat16", 64, 0), (80, "bfloat16", 128, 1), (90, "float16", 128, 1), (80, "float16", 256, 0)],
+)
+def test_compiles_for_gpus(capability, dtype, dim, everything):
+    """Types are right, tiles fit: on machines without one, too."""
+    script = Path(__file__).parents[1] / "helpers" / "compiled_kernels.py"
+    command = [sys.executable, script, str(capability), "--dtypes", dtype, "--dims", str(dim), "--everything", str(everything)]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 10
+    for kernel in found:
+        # What a program may take on the smallest GPU of this kind that has bfloat16, two at a time; a few bytes of stack are not in loops.
+        assert kernel["shared"] <= 100 * 1024 and kernel["stack"] <= 64, kernel
