@@ -1,4 +1,4 @@
-"""The study of language modelling: a miniature, interrupted and continued; what it refuses; its statistics; the peers it may compare with."""
+"""The study of language modelling: a miniature, interrupted and continued; what it refuses; its statistics; the peers it compares with."""
 
 import json
 import math
