@@ -1,8 +1,8 @@
 """Trains small models of equal size to find again what stood at a distance, one for each task and kind of attention, and measures how
 far back each one reaches, on rows as long as those of training and longer ones.
 
-    python -m scripts.studies.recall --output runs/reach --report model_cards/reports/reach.md
-    python -m scripts.studies.recall --output runs/reach --tasks needle --kinds multipole    # some of it, perhaps beside others
+    python -m scripts.studies.recall --output runs/recall --report model_cards/reports/recall.md
+    python -m scripts.studies.recall --output runs/recall --tasks needle --kinds multipole    # some of it, perhaps beside others
 
 Each model that is trained, and each length that it is measured at, leaves a file in the folder and is not done again; what was
 interrupted starts anew. The report is on all that the folder holds; what stands in it above the heading "Figures" is left as it is.
@@ -322,7 +322,7 @@ Needles in rows of {lengths[0]:,} tokens, further away than {BRIDGED} tokens, by
 Models of {LAYERS} layers, width {settings["hidden_size"]}, {settings["heads"]} heads, as many parameters in each (the MLP takes up the
 difference), block size {BLOCK_SIZE}, rank {RANK}; the far bias starts at 0. Trained on rows of {within(settings)} tokens, in this order,
 {settings["batch_tokens"]:,} tokens a step, each task by a model of its own, the same rows for every kind; the loss is on the answers alone.
-Measured on rows of {" and ".join(f"{n:,}" for n in lengths)} tokens. Tasks (`hf_multipole/training/recall.py`):
+Measured on rows of {" and ".join(f"{n:,}" for n in lengths)} tokens. Tasks (`scripts/studies/recall_tasks.py`):
 
 {chr(10).join(f"- {task}: up to {TASKS[task].items} {ASKED[task]}" for task in tasks)}
 
@@ -416,7 +416,7 @@ def main(arguments) -> None:
         run = Run(task, kind, seed)
         study(run, run.folder(o.output), o.only, settings)
     if o.report is not None:
-        write_figures(o.report, "Reach: what small models find again, and how far back", report(o.output, o.report))
+        write_figures(o.report, "Recall: what small models find again, and how far back", report(o.output, o.report))
         print(f"wrote {o.report}")
 
 

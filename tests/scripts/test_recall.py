@@ -104,15 +104,15 @@ def test_every_kind(reach, capsys):
     files = sorted(Path("out").glob("*/*.json"))
     assert len(files) == 2 * (len(reach.KINDS) + 4)
     before = [path.stat().st_mtime_ns for path in files]
-    reach.main([*SIZES, "--kinds", "multipole", "--report", "cards/reach.md"])
+    reach.main([*SIZES, "--kinds", "multipole", "--report", "cards/recall.md"])
     assert [path.stat().st_mtime_ns for path in files] == before and len(list(Path("out").glob("*/*.json"))) == len(files) + 3
     training = [json.loads(path.read_text()) for path in files if path.name == "training.json"]
     parameters = [run["parameters"] for run in training if run["task"] == "needle"]
     assert max(parameters) <= 1.02 * min(parameters)
-    text = Path("cards/reach.md").read_text()
+    text = Path("cards/recall.md").read_text()
     assert text.count("| multipole, O(n) | 288 |") == 3 and text.count("| multipole | 320 |") == 3 and "**Partial:**" in text
     assert "; multipole (needle)" not in text and "multipole, O(n) (needle)" in text and "linear attention (copy)" in text
-    assert sorted(path.name for path in Path("cards/images").iterdir()) == [f"reach-{task}.png" for task in sorted(TASKS)]
+    assert sorted(path.name for path in Path("cards/images").iterdir()) == [f"recall-{task}.png" for task in sorted(TASKS)]
     with pytest.raises(SystemExit, match="was made with other settings; name another --output"):
         reach.main([*SIZES, "--steps", "4", "--kinds", "multipole"])
 
@@ -136,5 +136,5 @@ def test_refused(reach):
     with pytest.raises(SystemExit, match="--steps .3. must be as many.*\n--lengths .100. must be at least 272"):
         reach.main("--output out --train-lengths 112 224 --steps 3 --lengths 100 --rows 1".split())
     with pytest.raises(SystemExit, match="holds nothing that was measured"):
-        reach.main(["--output", "out", "--kinds", "--report", "reach.md"])
-    assert not Path("reach.md").exists()
+        reach.main(["--output", "out", "--kinds", "--report", "recall.md"])
+    assert not Path("recall.md").exists()
