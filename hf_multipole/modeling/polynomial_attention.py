@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 MAX_FEATURES = 2**16
 MAX_DEGREE = 24
+# Beyond it exp overflows, in float32 at 89.
+MAX_SCORE = 80
 # Relative error of the weights where no degree is given.
 TOLERANCE = 1e-3
 # Numbers in the features that are worked on at once.
@@ -71,19 +73,35 @@ def _evaluate(coefficients, x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _extrema(powers: torch.Tensor, bound: float) -> torch.Tensor:
-    """Where P(x) exp(-bound x) may be largest or smallest in [-1, 1]: at the ends, and at the real roots of P' - bound P."""
-    derivative = F.pad(powers[1:] * torch.arange(1, len(powers)), (0, 1))
-    slope = derivative - bound * powers
-    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    if len(powers) == 1:
-        return ends
-    companion = torch.zeros(len(powers) - 1, len(powers) - 1, dtype=torch.float64)
-    companion.diagonal(-1).fill_(1)
-    companion[:, -1] = -slope[:-1] / slope[-1]
-    roots = torch.linalg.eigvals(companion)
-    roots = roots.real[(roots.imag.abs() < 1e-6) & (roots.real.abs() < 1)]
-    return torch.cat([ends, roots]).sort().values
+def _largest_error(powers: torch.Tensor, bound: float) -> tuple[float, torch.Tensor]:
+    """An upper bound on |P(x) exp(-bound x) - 1| in [-1, 1], and where it may be largest: the ends, and between them where it turns.
+
+    It turns at the real roots of P' - bound P. Each is bracketed by two neighbours of a grid, and found by Newton's method.
+    """
+    degree, cells, exponents = len(powers) - 1, 32 * len(powers), torch.arange(len(powers))
+    slope = F.pad((powers * exponents)[1:], (0, 1)) - bound * powers
+    bend = F.pad((slope * exponents)[1:], (0, 1))
+    polynomials = torch.stack([powers, slope, bend], 1)
+    angle = torch.arange(cells, -1, -1, dtype=torch.float64) * (math.pi / cells)
+    grid = angle.cos()
+    _, slopes, bends = ((grid[:, None] ** exponents) @ polynomials).unbind(1)
+    cell = ((slopes[1:] > 0) != (slopes[:-1] > 0)).nonzero().squeeze(1)
+    low, high = grid[cell], grid[cell + 1]
+    turns = (low + high) / 2
+    for _ in range(4):
+        _, value, rise = ((turns[:, None] ** exponents) @ polynomials).unbind(1)
+        turns = torch.where(rise == 0, turns, turns - value / rise).clamp(low, high)
+    places = torch.cat([grid, turns])
+    error = ((places[:, None] ** exponents) @ powers * (-bound * places).exp() - 1).abs().max().item()
+    if len(turns) < degree:
+        # Two turns within one cell go unseen. Between two places the error exceeds that at both by at most the square of their
+        # distance times the second derivative, here by the angle, over 8; twice that at the neighbours stands for the largest.
+        second = (angle.sin() ** 2 * (bends - bound * slopes) - grid * slopes) * (-bound * grid).exp()
+        error += 2 * (math.pi / cells) ** 2 / 8 * second.abs().max().item()
+    # What evaluating it may have hidden.
+    unit = torch.finfo(torch.float64).eps
+    error += unit * (4 * (degree + 2) * powers.abs().sum().item() * math.exp(bound) + bound * (1 + error))
+    return error, torch.cat([grid[:1], turns, grid[-1:]])
 
 
 @lru_cache(maxsize=4096)
@@ -91,32 +109,37 @@ def minimax_exponential(degree: int, bound: float) -> tuple[tuple[float, ...], f
     """The polynomial P of s / bound with the least relative error ``max |P exp(-s) - 1|`` on [-bound, bound], and that error.
 
     Remez' exchange: P' - P has degree ``degree``, so that its roots and the two ends are the points between which the error
-    alternates. The error is that of the coefficients returned, an upper bound.
+    alternates. The error is that of the coefficients returned, an upper bound. Powers that float64 does not see beside 1 have
+    coefficients of 0. Raises ValueError for bounds outside [0, 80].
     """
+    if not 0 <= bound <= MAX_SCORE:
+        raise ValueError(f"bound is {bound!r}, but must be from 0 to {MAX_SCORE}")
     if bound == 0:
         return (1.0,) + (0.0,) * degree, 0.0
+    # 2 (bound / 2) ** d / d! is the size of the Chebyshev term of degree d.
+    used = degree
+    while used and 2 * (bound / 2) ** used / math.factorial(used) < torch.finfo(torch.float64).eps / 8:
+        used -= 1
     # Whatever the default device is: "meta", perhaps.
     with torch.device("cpu"):
-        points = torch.cos(torch.arange(degree + 1, -1, -1, dtype=torch.float64) * math.pi / (degree + 1))
-        signs = (-1.0) ** torch.arange(degree + 2, dtype=torch.float64)
-        best = (1.0,) + (0.0,) * degree, math.inf
-        grid = torch.linspace(-1, 1, 64 * (degree + 1), dtype=torch.float64)
+        points = torch.cos(torch.arange(used + 1, -1, -1, dtype=torch.float64) * math.pi / (used + 1))
+        signs = (-1.0) ** torch.arange(used + 2, dtype=torch.float64)
+        best = (1.0,) + (0.0,) * used, math.inf
         for _ in range(30):
-            basis = torch.cos(torch.arange(degree + 1) * points.clamp(-1, 1).arccos()[:, None])
+            basis = torch.cos(torch.arange(used + 1) * points.clamp(-1, 1).arccos()[:, None])
             system = torch.cat([basis * (-bound * points).exp()[:, None], -signs[:, None]], 1)
-            powers = _powers(torch.linalg.solve(system, torch.ones_like(points))[:-1])
-            extrema = _extrema(powers, bound)
-            everywhere = torch.cat([extrema, grid])
-            error = (_evaluate(powers, everywhere) * (-bound * everywhere).exp() - 1).abs().max().item()
-            # What evaluating it may have hidden.
-            error += 4 * (degree + 2) * torch.finfo(torch.float64).eps * powers.abs().sum().item() * math.exp(bound)
-            if error >= best[1] * (1 - 1e-12):
+            solution, singular = torch.linalg.solve_ex(system, torch.ones_like(points))
+            if singular or not solution.isfinite().all():
+                break
+            powers = _powers(solution[:-1])
+            error, extrema = _largest_error(powers, bound)
+            if not error < best[1] * (1 - 1e-12):
                 break
             best = tuple(powers.tolist()), error
-            if len(extrema) != degree + 2:
+            if len(extrema) != used + 2:
                 break
             points = extrema
-    return best
+    return best[0] + (0.0,) * (degree - used), best[1]
 
 
 def feature_count(score_dim: int, degree: int) -> int:
@@ -131,7 +154,8 @@ def approximate(
 
     Raises BoundViolation where there is none, ValueError where the given degree has too many features.
     """
-    bound = abs(scale) * score_dim * entry_bound**order
+    # In tensors, which overflow to infinity where Python raises.
+    bound = (torch.tensor(entry_bound, dtype=torch.float64, device="cpu") ** order * score_dim * abs(scale)).item()
     found = None
     for candidate in range(MAX_DEGREE + 1) if degree is None else (degree,):
         features = feature_count(score_dim, candidate)
@@ -140,7 +164,7 @@ def approximate(
             if degree is not None:
                 raise ValueError(f"{message}: take a lower degree, or a smaller score dimension beside the value dimension")
             break
-        if bound > 80:  # exp overflows
+        if not bound <= MAX_SCORE:
             break
         coefficients, delta = minimax_exponential(candidate, bound)
         # The features' powers are those of s / (scale's sign * bound).

@@ -173,6 +173,8 @@ def law(points, terms):
     used = list(range(len(terms)))
     seconds = torch.tensor([s for _, s in points], dtype=torch.float64)
     table = torch.tensor([[float(term(n)) for term in terms] for n, _ in points], dtype=torch.float64) / seconds[:, None]
+    if not table.isfinite().all():
+        raise ValueError("a measured time is not a positive number: a law cannot be fitted to it")
     # Terms differ by many powers of ten.
     size = table.abs().amax(0)
     while True:

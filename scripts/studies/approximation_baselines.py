@@ -164,6 +164,8 @@ def low_rank(q, k, v, causal: bool, scale: float, costs: list[float]) -> list[to
     """
     ranks = [max(1, min(len(q), round(cost))) for cost in costs]
     matrix = weights(q, k, causal, scale)
+    if not matrix.isfinite().all():
+        raise ValueError("attention weights are not finite: there is no singular value decomposition of them")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         left, size, right = torch.svd_lowrank(matrix, min(len(q), max(ranks) + SPARE), ITERATIONS)

@@ -3,6 +3,8 @@
 import itertools
 import math
 from dataclasses import replace
+from decimal import Decimal, localcontext
+from fractions import Fraction
 
 import pytest
 import torch
@@ -68,17 +70,71 @@ def test_known_errors():
         assert minimax_exponential(degree, float(bound))[1] == pytest.approx(delta, rel=0.1)
 
 
-@given(degree=st.integers(0, module.MAX_DEGREE), bound=st.floats(1e-6, 30))
-@example(degree=24, bound=10.0)
-def test_the_error_is_never_larger_than_said(degree, bound):
-    """In exact arithmetic, at random places and at both ends; where it is below 1, the polynomial is positive."""
-    from fractions import Fraction
+def errors(coefficients, bound: float, places: list[float]) -> list[float]:
+    """P(x) exp(-bound x) - 1 at places that are multiples of 2^-20, to 60 digits: P exactly, exp by its own definition."""
+    fraction = [Fraction(c) for c in coefficients]
+    shift = max(c.denominator for c in fraction).bit_length()
+    whole = [int(c * 2**shift) for c in fraction]
+    out = []
+    with localcontext() as context:
+        context.prec = 60
+        for x in places:
+            total, step = 0, int(x * 2**20)
+            # sum(c * step^i * 2^(20 (degree - i))), all integers.
+            for i, c in enumerate(reversed(whole)):
+                total = total * step + (c << 20 * i)
+            value = Decimal(total) / 2 ** (shift + 20 * (len(whole) - 1))
+            out.append(float(value * (Decimal(-bound) * Decimal(x)).exp() - 1))
+    return out
 
+
+@given(degree=st.integers(0, module.MAX_DEGREE), bound=st.floats(1e-12, 80))
+@example(degree=24, bound=10.0)
+@example(degree=5, bound=8.8e-5)
+@example(degree=4, bound=3.7e-6)
+def test_the_error_is_never_larger_than_said(degree, bound):
+    """At random places and at both ends; where it is below 1, the polynomial is positive."""
     coefficients, delta = minimax_exponential(degree, bound)
-    places = torch.rand(20, generator=torch.Generator().manual_seed(degree), dtype=torch.float64) * 2 - 1
-    for x in (-1.0, 1.0, *places.tolist()):
-        value = sum(Fraction(c) * Fraction(x) ** i for i, c in enumerate(coefficients))
-        assert abs(float(value) * math.exp(-x * bound) - 1) <= delta * (1 + 1e-9)
+    drawn = torch.randint(-(2**20), 2**20, (20,), generator=torch.Generator().manual_seed(degree))
+    assert max(map(abs, errors(coefficients, bound, [-1.0, 1.0, *(drawn / 2**20).tolist()]))) <= delta
+
+
+@pytest.mark.parametrize("bound", [1e-12, 3.7e-6, 8.8e-5, 1e-3, 0.03, 0.4, 3.4, 12.0, 80.0])
+def test_every_degree_is_certified(bound, monkeypatch):
+    """From bounds that float64 does not tell from 0 to those where exp overflows: finite, never smaller than what is found on a grid,
+    hardly larger where rounding is not what limits it. No LAPACK routine is given what is not finite: some crash on it."""
+    solve = torch.linalg.solve_ex
+
+    def checked(matrix, right):
+        assert matrix.isfinite().all() and right.isfinite().all()
+        return solve(matrix, right)
+
+    monkeypatch.setattr(torch.linalg, "solve_ex", checked)
+    minimax_exponential.cache_clear()
+    # Close to each other near the ends, as the extrema are.
+    places = [round(math.cos(math.pi * i / 100) * 2**20) / 2**20 for i in range(101)]
+    for degree in range(module.MAX_DEGREE + 1):
+        coefficients, delta = minimax_exponential(degree, bound)
+        assert len(coefficients) == degree + 1 and all(map(math.isfinite, coefficients))
+        largest = max(map(abs, errors(coefficients, bound, places)))
+        assert largest <= delta, degree
+        noise = 2**-52 * 5 * (degree + 2) * (sum(map(abs, coefficients)) * math.exp(bound) + bound)
+        if noise < delta < 1:
+            # Of degree + 2 extrema, some fall between the places.
+            assert delta <= largest * (1 + (math.pi * (degree + 2) / 100) ** 2) + noise, degree
+
+
+@pytest.mark.parametrize("bound", [-1.0, 80.1, math.inf, math.nan])
+def test_bounds_without_a_polynomial(bound):
+    with pytest.raises(ValueError, match="bound is .* must be from 0 to 80"):
+        minimax_exponential(3, bound)
+
+
+@pytest.mark.parametrize("entry_bound, scale", [(1e200, 1.0), (1.0, math.inf), (0.0, math.inf)])
+def test_scores_beyond_all_numbers(entry_bound, scale):
+    for degree in (None, 3):
+        with pytest.raises(BoundViolation):
+            approximate(2, 3, scale, entry_bound, degree, 1e-3, torch.float64)
 
 
 @pytest.mark.parametrize("bound", [1.0, 3.0])
