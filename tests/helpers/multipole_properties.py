@@ -1,207 +1,18 @@
-"""What every implementation of fast multipole attention must fulfil, as plain functions over an attention callable.
-
-``attention`` takes the arguments of :func:`hf_multipole.multipole_attention`. A ``Case`` describes one call; its tensors
-follow from its seed, so that a failing case can be run again from its printed form:
-
-    matches_reference(multipole_attention, Case(n=37, causal=False), device="cuda")
+"""What every implementation of fast multipole attention must fulfil, as plain functions over an attention callable, which takes the
+arguments of :func:`hf_multipole.multipole_attention`.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from hypothesis import strategies as st
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_multipole.modeling.hierarchy import level_count
-from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary
+from hf_multipole.modeling.summaries import DirectSummary
 from hf_multipole.reference import multipole_attention_reference
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums must be computed in; not the package's own, whose faults would widen the bounds."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-LAYOUTS = ("contiguous", "transposed", "strided", "fused")
-
-
-@dataclass(frozen=True)
-class Case:
-    n: int = 37
-    queries: int | None = None  # the last tokens; None for all
-    block_size: int = 4
-    rank: int = 2
-    batch: int = 2
-    kv_heads: int = 2
-    repeats: int = 1  # query heads a key head
-    dim: int = 5
-    value_dim: int = 3
-    causal: bool = True
-    summary: str = "mean"  # or "direct", "hierarchical", with random weights
-    size_weighting: bool = True
-    bias_levels: int = 0  # columns of far_bias; 0 for none
-    max_levels: int | None = None
-    softcap: float | None = None
-    far_keys: bool = False
-    downsample: bool = False  # the O(n) form; with learned summaries of the queries where it is bidirectional and others are learned
-    padding: tuple[tuple[int, int], ...] | None = None  # left and right of each row
-    cuts: tuple[int, ...] | None = None  # first tokens of the documents of packed rows, beside 0
-    dtype: torch.dtype = torch.float64
-    mixed: bool = False  # the summaries' weights are kept in the dtype that sums are computed in
-    layout: str = "contiguous"
-    seed: int = 0
-
-
-@dataclass
-class Call:
-    """Tensors of a case: ``leaves`` by name, which gradients are taken of, and the remaining keyword arguments."""
-
-    leaves: dict[str, torch.Tensor]
-    options: dict
-    upstream: torch.Tensor  # gradient of the output
-    layout: str = "contiguous"
-
-    def __call__(self, attention) -> torch.Tensor:
-        tensors = {name: _lay_out(self.leaves[name], self.layout) for name in ("q", "k", "v", "far_keys") if name in self.leaves}
-        if "far_bias" in self.leaves:
-            tensors["far_bias"] = self.leaves["far_bias"]
-        return attention(**tensors, **self.options)
-
-    def with_gradients(self, attention) -> dict[str, torch.Tensor]:
-        out = self(attention)
-        if not out.requires_grad:  # the reference, where every token is padding
-            return {"out": out} | {name: torch.zeros_like(x) for name, x in self.leaves.items()}
-        gradients = torch.autograd.grad(out, list(self.leaves.values()), self.upstream, allow_unused=True, materialize_grads=True)
-        return {"out": out.detach()} | dict(zip(self.leaves, gradients))
-
-    def visible(self) -> torch.Tensor:
-        """``(batch, queries, n)`` bool, from the definition: one document, both real, not later, within the reach of the levels."""
-        batch, n = self.leaves["k"].shape[0], self.leaves["k"].shape[2]
-        queries = self.leaves["q"].shape[2]
-        real = self.options.get("attention_mask")
-        real = torch.ones(batch, n, dtype=torch.bool) if real is None else real.bool().cpu()
-        visible = real[:, :, None] & real[:, None]
-        if self.options.get("segment_ids") is not None:
-            ids = self.options["segment_ids"].cpu()
-            visible &= ids[:, :, None] == ids[:, None]
-        if self.options["max_levels"] is not None:
-            # Groups of the last level are seen beside the own pair of them.
-            place = (visible & torch.ones(n, n, dtype=torch.bool).tril(-1)).sum(-1)
-            pair = place // (self.options["block_size"] << self.options["max_levels"])
-            visible &= (pair[:, :, None] - pair[:, None]).abs() <= 1
-        if self.options["causal"]:
-            visible &= torch.ones(n, n, dtype=torch.bool).tril()
-        return visible[:, n - queries :]
-
-    def real_queries(self) -> torch.Tensor:
-        return self.visible().any(-1)
-
-
-def _lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values with other strides; gradients arrive at the contiguous leaf."""
-    if layout == "transposed":  # as a projection leaves it: (batch, tokens, heads, dim)
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "strided":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
-    if layout == "fused":  # a part of one projection of q, k and v
-        around = torch.full_like(x[:, :1], torch.nan)
-        return torch.cat([around, x, around], 1).transpose(1, 2).contiguous().transpose(1, 2)[:, 1:-1]
-    return x
-
-
-def mask_of(case: Case) -> torch.Tensor | None:
-    if case.padding is None:
-        return None
-    mask = torch.zeros(case.batch, case.n, dtype=torch.bool)
-    for row, (left, right) in zip(mask, case.padding):
-        row[left : case.n - right] = True
-    return mask
-
-
-def segments_of(case: Case) -> torch.Tensor | None:
-    if case.cuts is None:
-        return None
-    starts = torch.zeros(case.n, dtype=torch.long)
-    starts[list(case.cuts)] = 1
-    ids = starts.cumsum(0) * 7 % 11  # not in order, yet different (for up to 11 documents)
-    return torch.stack([ids + row for row in range(case.batch)])
-
-
-def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | None = None, device="cpu", scale: float = 1.0) -> Call:
-    """The case's tensors in ``dtype`` (its own by default), optionally rounded to ``rounded`` before that, in steps of 1 / ``scale`` of
-    its own.
-    """
-    dtype = dtype or case.dtype
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def of_weights(kind):
-        return compute_dtype(kind) if case.mixed else kind
-
-    def leaf(x, kind=lambda dtype: dtype):
-        x = x if rounded is None else (x * scale).to(kind(rounded)).double() / scale
-        return x.to(device, kind(dtype)).requires_grad_()
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    queries, heads = case.queries or case.n, case.kv_heads * case.repeats
-    leaves = {
-        "q": leaf(normal(case.batch, heads, queries, case.dim)),
-        "k": leaf(normal(case.batch, case.kv_heads, case.n, case.dim)),
-        "v": leaf(normal(case.batch, case.kv_heads, case.n, case.value_dim)),
-    }
-    upstream = leaf(normal(case.batch, heads, queries, case.value_dim)).detach()
-    if case.far_keys:
-        leaves["far_keys"] = leaf(normal(case.batch, case.kv_heads, case.n, case.dim))
-    if case.bias_levels:
-        leaves["far_bias"] = leaf(normal(heads, case.bias_levels))
-    mask, segments = mask_of(case), segments_of(case)
-    options = dict(
-        block_size=case.block_size,
-        rank=case.rank,
-        causal=case.causal,
-        size_weighting=case.size_weighting,
-        max_levels=case.max_levels,
-        softcap=case.softcap,
-        downsample_queries=case.downsample,
-        attention_mask=None if mask is None else mask.to(device),
-        segment_ids=None if segments is None else segments.to(device),
-    )
-    parts = [("key_summary", case.dim, case.kv_heads), ("value_summary", case.value_dim, case.kv_heads)]
-    parts += [("query_summary", case.dim, heads)] if case.downsample and not case.causal else []
-    for name, width, own in parts:
-        if case.summary != "mean":
-            kind = {"direct": DirectSummary, "hierarchical": HierarchicalSummary}[case.summary]
-            length = (case.n,) if case.summary == "direct" else ()
-            options[name] = kind(case.block_size, case.rank, own, width, *length).to(device, of_weights(dtype))
-            for parameter, weight in options[name].named_parameters():
-                with torch.no_grad():
-                    weight.copy_(leaf(weight.detach().double().cpu() + 0.3 * normal(*weight.shape), of_weights))
-                leaves[f"{name}.{parameter}"] = weight
-    return Call(leaves, options, upstream, case.layout)
-
-
-def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: float, what: str, case) -> None:
-    assert actual.shape == expected.shape, f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}: {case}"
-    # Not-a-number compares false, so that it fails as well.
-    error = (actual.double().cpu() - expected.double().cpu()).abs()
-    assert (error <= bound).all(), f"{what} is off by {error.max().item():.3g}, more than {bound:.3g}: {case}"
-
-
-class RoundedProducts(TorchDispatchMode):
-    """Rounds products, weights and their derivatives to a dtype, as tensor cores take them; sums are left as they are."""
-
-    NAMES = ("mul", "div", "mm", "mv", "dot", "bmm", "tanh", "tanh_backward", "_softmax", "_softmax_backward_data")
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        return out.to(self.dtype).double() if function.overloadpacket.__name__ in self.NAMES else out
+from tests.helpers.multipole_cases import Call, Case, make
+from tests.helpers.numerics import RoundedProducts, assert_within, compute_dtype
 
 
 def error_bounds(case: Case, exact: dict[str, torch.Tensor], rounded_products: bool = False) -> dict[str, float]:
@@ -401,40 +212,8 @@ def documents_do_not_meet(attention, case: Case, device="cpu") -> None:
         assert_within(actual[name], value, bound, name, case)
 
 
-@st.composite
-def cases(draw, dtypes=(torch.float64,), n=st.integers(1, 40), summaries=("mean", "direct", "hierarchical"), **fixed):
-    """Random calls: lengths below, at and above the block size, ragged ends, grouped heads, padding, packing, strides."""
-    block_size, rank = draw(st.sampled_from([(2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (6, 3), (8, 4)]))
-    n = draw(n)
-    padding = cuts = None
-    batch = draw(st.integers(1, 2))
-    if draw(st.booleans()):
-        sides = st.integers(0, max(0, n // 2))
-        padding = tuple((left := draw(sides), draw(st.integers(0, min(n - left, n // 2)))) for _ in range(batch))
-    if n > 1 and draw(st.sampled_from([False, False, True])):
-        cuts = tuple(sorted(draw(st.sets(st.integers(1, n - 1), max_size=4))))
-    drawn = dict(
-        n=n,
-        queries=draw(st.sampled_from([None, None, 1, -(-n // 3)])),
-        block_size=block_size,
-        rank=rank,
-        batch=batch,
-        kv_heads=draw(st.integers(1, 2)),
-        repeats=draw(st.integers(1, 3)),
-        dim=draw(st.sampled_from([1, 3, 4])),
-        value_dim=draw(st.sampled_from([1, 2, 5])),
-        causal=draw(st.booleans()),
-        summary=draw(st.sampled_from(summaries)),
-        size_weighting=draw(st.booleans()),
-        bias_levels=draw(st.integers(0, 2)),
-        max_levels=draw(st.sampled_from([None, None, 0, 1, 2])),
-        softcap=draw(st.sampled_from([None, None, 1.5])),
-        far_keys=draw(st.booleans()),
-        padding=padding,
-        cuts=cuts,
-        dtype=draw(st.sampled_from(dtypes)),
-        layout=draw(st.sampled_from(LAYOUTS)),
-        mixed=draw(st.booleans()),
-        seed=draw(st.integers(0, 1000)),
-    )
-    return Case(**drawn | fixed)
+def agrees(attention, other, case: Case, bound: float = 1e-11) -> None:
+    """Two implementations, in output and gradients."""
+    actual, expected = (make(case).with_gradients(function) for function in (attention, other))
+    for name, value in expected.items():
+        assert_within(actual[name], value, bound * max(1, value.abs().max().item()), name, case)

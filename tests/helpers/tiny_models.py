@@ -76,3 +76,7 @@ def pad(ids, left=0, right=0):
 
 def positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}

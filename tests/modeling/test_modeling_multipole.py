@@ -1,6 +1,5 @@
 """The multipole models, used the way Transformers' users use models."""
 
-import contextlib
 import copy
 
 import pytest
@@ -192,6 +191,19 @@ def test_logits_to_keep(ids):
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, model(ids).logits[:, -3:], **CLOSE)
 
 
+def test_a_bidirectional_model_has_no_next_token_loss(ids):
+    with pytest.raises(ValueError, match="is_causal=False.*MultipoleForMaskedLM"):
+        build(is_causal=False)(ids, labels=ids)
+
+
+def test_a_cache_is_kept_only_where_it_can_be_used(ids):
+    model = build()
+    assert model(ids).past_key_values.get_seq_length() == TOKENS
+    assert model(ids, use_cache=False).past_key_values is None
+    assert build(use_cache=False)(ids).past_key_values is None
+    assert model.train()(ids).past_key_values is None
+
+
 # Attention weights
 
 
@@ -351,282 +363,7 @@ def test_hybrid_layers(spy, ids):
     assert [hasattr(layer.self_attn, "far_field") for layer in model.model.layers] == [True, False, True]
 
 
-# Training
-
-
-def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-@pytest.mark.parametrize("options", [{}, {"layer_types": HYBRID}, {"attention_dropout": 0.3}, {"rotate_summaries": True}])
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(ids, options, use_reentrant):
-    model = build(**options).train()
-    ids, mask = pad(ids, left=3)
-    results = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-            assert model.model.gradient_checkpointing
-        torch.manual_seed(3)
-        model.zero_grad()
-        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-        loss.backward()
-        results.append((loss.detach(), gradients(model)))
-    torch.testing.assert_close(results[1], results[0], **CLOSE)
-    assert len(results[0][1]) == len(list(model.parameters()))
-
-
-def test_attention_dropout(ids):
-    model = build(attention_dropout=0.5)
-    plain = model(ids).logits
-    torch.testing.assert_close(model(ids).logits, plain, atol=0, rtol=0)
-    model.train()
-    assert (model(ids).logits - plain).abs().max() > 1e-3
-    losses = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        losses.append(model(ids).logits)
-    torch.testing.assert_close(losses[1], losses[0], atol=0, rtol=0)
-
-
-def test_an_empty_row_does_no_harm(ids):
-    """A row of padding only changes neither the outputs nor the gradients of the others."""
-    for implementation in ("multipole", "sdpa", "eager"):
-        model = build(attn_implementation=implementation, layer_types=HYBRID)
-        mask = torch.ones_like(ids)
-        mask[0] = 0
-        output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
-        output.loss.backward()
-        together = gradients(model)
-        assert output.logits.isfinite().all()
-        model.zero_grad()
-        alone = model(ids[1:], labels=ids[1:])
-        alone.loss.backward()
-        torch.testing.assert_close(output.logits[1:], alone.logits, **CLOSE)
-        torch.testing.assert_close(together, gradients(model), **CLOSE)
-
-
-@pytest.mark.parametrize("summary", ["hierarchical", "direct", "mean"])
-def test_every_parameter_is_trained(ids, summary):
-    model = build(summary=summary)
-    model(ids, labels=ids).loss.backward()
-    longer = {name for name, _ in model.named_parameters() if name.endswith(("level_4", "level_5"))}  # than these rows
-    trained = gradients(model)
-    assert set(trained) == {name for name, _ in model.named_parameters()} - longer
-    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in trained.values())
-
-
-def test_bfloat16_and_autocast(ids):
-    """Rounding costs the multipole model no more than twice what it costs the same model with exact attention."""
-    errors = {}
-    for implementation in ("multipole", "sdpa"):
-        model = build(dtype=torch.float32, attn_implementation=implementation)
-        exact = model(ids, labels=ids)
-        with torch.autocast("cpu", torch.bfloat16):
-            mixed = model(ids, labels=ids)
-        mixed.loss.backward()
-        assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients(model).values())
-        model = model.bfloat16()
-        half = model(ids, labels=ids)
-        half.loss.backward()
-        assert half.logits.dtype == torch.bfloat16 and all(gradient.isfinite().all() for gradient in gradients(model).values())
-        errors[implementation] = [(output.logits.float() - exact.logits).square().mean().sqrt().item() for output in (mixed, half)]
-    for multipole, sdpa in zip(errors["multipole"], errors["sdpa"]):
-        assert 0 < multipole < 2 * sdpa
-
-
-@pytest.mark.parametrize(
-    ("training", "padded", "options"),
-    [
-        (True, True, {}),
-        (True, False, {"is_causal": False, "rotate_summaries": True}),
-        (False, True, {"is_causal": False, "rotate_summaries": True}),
-        (False, False, {}),
-        (False, False, {"max_position_embeddings": 32}),
-    ],
-)
-def test_compile(ids, training, padded, options):
-    model = build(layer_types=["multipole_attention", "full_attention"], **options).train(training)
-    ids, mask = pad(ids, left=3)
-    # One row without padding, so that both alignments are in one batch.
-    mask[0] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask} if padded else {"input_ids": ids}
-    torch._dynamo.reset()
-    # Graph capture and autograd are in question here, not the code that inductor makes.
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    grad = contextlib.nullcontext() if training else torch.no_grad()
-    results = []
-    for run in (model, compiled):
-        model.zero_grad()
-        with grad:
-            output = run(**inputs, use_cache=False)
-        if training:
-            (output.logits * mask[..., None]).square().mean().backward()
-        results.append((output.logits[mask.bool()], gradients(model) if training else None))
-    torch.testing.assert_close(results[1], results[0], **CLOSE)
-
-
-def test_compile_by_inductor(ids):
-    """The default backend, on one layer."""
-    model = build(MultipoleModel, dtype=torch.float32, layer_types=["multipole_attention"])
-    torch._dynamo.reset()
-    with torch.no_grad():
-        expected, got = (run(ids, use_cache=False)[0] for run in (model, torch.compile(model, fullgraph=True)))
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-
-
-# Padding and packing
-
-
-@pytest.mark.parametrize("cls", list(AUTO_CLASSES.values()))
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("rotate_summaries", [True, False])
-def test_a_row_alone_is_the_row_in_a_batch(cls, side, causal, rotate_summaries):
-    model = build(cls, is_causal=causal, rotate_summaries=rotate_summaries, layer_types=HYBRID, num_labels=3)
-    lengths = (TOKENS, 41, EXACT + 1, 1)
-    rows = [tokens(rows=1, n=n, seed=n) for n in lengths]
-    padded = [pad(row, **{side: TOKENS - row.shape[1]}) for row in rows]
-    ids, mask = (torch.cat(parts) for parts in zip(*padded))
-    if cls is MultipoleForSequenceClassification:
-        ids = ids.masked_fill(mask == 0, model.config.pad_token_id)  # that is how it finds the last token
-    for position_ids in (positions(mask), None):
-        together = model(ids, attention_mask=mask, position_ids=position_ids)[0]
-        assert together.isfinite().all()
-        for row, alone in enumerate(rows):
-            expected = model(alone)[0][0]
-            got = together[row] if cls is MultipoleForSequenceClassification else together[row, mask[row].bool()]
-            torch.testing.assert_close(got, expected, **CLOSE)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("n", [75, 80, 40])
-def test_rotated_summaries_are_a_matter_of_distances(causal, n):
-    """Wherever a row begins; the last group may be of any length."""
-    model = build(MultipoleModel, is_causal=causal, rotate_summaries=True)
-    ids, position_ids = tokens(n=n), torch.arange(n)[None]
-    torch.testing.assert_close(model(ids, position_ids=position_ids + 99)[0], model(ids)[0], **SHIFTED)
-
-
-def test_what_stands_in_padding_does_not_matter(ids):
-    model = build(MultipoleModel, is_causal=False)
-    ids, mask = pad(ids, left=9, right=4)
-    embeddings = model.get_input_embeddings()(ids)
-    plain = model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state[mask.bool()]
-    wild = embeddings.masked_fill(mask[..., None] == 0, torch.nan)
-    torch.testing.assert_close(model(inputs_embeds=wild, attention_mask=mask).last_hidden_state[mask.bool()], plain, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("rotate_summaries", [True, False])
-@pytest.mark.parametrize("layer_types", [["multipole_attention"] * 2, ["full_attention"] * 2, HYBRID])
-@pytest.mark.parametrize("implementation", ["multipole", "sdpa"])
-@pytest.mark.parametrize("lengths", [(30, 45), (3, 40, 1, 31), (BLOCK, 50, EXACT + 1)])
-def test_packed_documents_are_documents_alone(causal, rotate_summaries, layer_types, implementation, lengths):
-    model = build(
-        MultipoleModel, is_causal=causal, rotate_summaries=rotate_summaries, layer_types=layer_types, attn_implementation=implementation
-    )
-    n = sum(lengths)
-    ids = tokens(rows=2, n=n)
-    alone = torch.cat([model(part).last_hidden_state for part in ids.split(lengths, 1)], 1)
-    assert (model(ids).last_hidden_state - alone).abs().max() > 1e-3
-    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-
-    torch.testing.assert_close(model(ids, position_ids=position_ids).last_hidden_state, alone, **CLOSE)
-    one = {"input_ids": ids[:1], "cu_seq_lens_q": bounds.int()}
-    torch.testing.assert_close(model(**one, position_ids=position_ids).last_hidden_state, alone[:1], **CLOSE)
-    torch.testing.assert_close(model(**one).last_hidden_state, alone[:1], **CLOSE)
-
-
-def test_packed_rows_may_differ_and_train():
-    """Two rows cut in different places: outputs and gradients are those of the documents in rows of their own."""
-    model = build()
-    ids = tokens(rows=2, n=72)
-    cuts = ((32, 40), (17, 5, 50))
-    position_ids = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in cuts])
-    model(ids, position_ids=position_ids).logits.square().sum().backward()
-    packed = gradients(model)
-    model.zero_grad()
-    sum(model(part[None]).logits.square().sum() for row, lengths in zip(ids, cuts) for part in row.split(lengths)).backward()
-    torch.testing.assert_close(packed, gradients(model), atol=1e-8, rtol=1e-8)
-
-
-def test_one_document_is_not_packed(ids):
-    model = build()
-    plain = model(ids).logits
-    torch.testing.assert_close(model(ids, position_ids=torch.arange(TOKENS)[None]).logits, plain, atol=0, rtol=0)
-    # With a mask, positions that start anew are the positions of a padded row, as in all Transformers models.
-    mask = torch.ones_like(ids)
-    restart = torch.cat([torch.arange(40), torch.arange(35)])[None]
-    masked = model(ids, attention_mask=mask, position_ids=restart).logits
-    assert (masked - model(ids, position_ids=restart).logits)[:, 40:].abs().max() > 1e-3
-
-
-def test_a_bidirectional_model_has_no_next_token_loss(ids):
-    with pytest.raises(ValueError, match="is_causal=False.*MultipoleForMaskedLM"):
-        build(is_causal=False)(ids, labels=ids)
-
-
-def test_a_cache_is_kept_only_where_it_can_be_used(ids):
-    model = build()
-    assert model(ids).past_key_values.get_seq_length() == TOKENS
-    assert model(ids, use_cache=False).past_key_values is None
-    assert build(use_cache=False)(ids).past_key_values is None
-    assert model.train()(ids).past_key_values is None
-
-
-# Bad input
-
-
-@pytest.mark.parametrize("layer_types", [["multipole_attention"], ["full_attention"]])
-@pytest.mark.parametrize(
-    "mask",
-    [
-        torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool),
-        torch.zeros(2, TOKENS),
-        torch.ones(2, TOKENS) / 2,
-        torch.ones(2, TOKENS + 5, dtype=torch.long),
-        torch.ones(2, TOKENS - 5, dtype=torch.long),
-        torch.ones(1, TOKENS, dtype=torch.long),
-    ],
-    ids=["4-D", "additive", "float", "longer", "shorter", "other batch"],
-)
-def test_masks_of_a_wrong_kind(ids, mask, layer_types):
-    with pytest.raises(ValueError, match=r"attention_mask has shape .* must be \(batch, n\) = \(2, 75\)"):
-        build(layer_types=layer_types)(ids, attention_mask=mask)
-
-
-def test_a_mask_of_0_and_1_in_floating_point(ids):
-    """PEFT makes such ones, with virtual tokens before the others."""
-    model, mask = build(), torch.ones(2, TOKENS)
-    mask[0, :20] = 0
-    assert torch.equal(model(ids, attention_mask=mask).logits, model(ids, attention_mask=mask.bool()).logits)
-
-
-def test_a_mask_with_a_hole(ids):
-    mask = torch.ones_like(ids)
-    mask[1, 30] = 0
-    with pytest.raises(ValueError, match="attention_mask has a hole in row 1.*to one side"):
-        build()(ids, attention_mask=mask)
-
-
-def test_empty_and_ambiguous_input(ids):
-    model = build()
-    for empty in (ids[:, :0], ids[:0]):
-        with pytest.raises(ValueError, match="input is empty"):
-            model(empty)
-    embeddings = model.get_input_embeddings()(ids)
-    for inputs in ({}, {"input_ids": ids, "inputs_embeds": embeddings}):
-        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-            model(**inputs)
-
-
-def test_packed_rows_by_bounds_are_one_row(ids):
-    bounds = torch.tensor([0, 30, TOKENS])
-    with pytest.raises(ValueError, match="cu_seq_lens_q.*position_ids"):
-        build()(ids, cu_seq_lens_q=bounds)
+# Lengths
 
 
 def test_direct_summaries_have_a_greatest_length():

@@ -17,20 +17,19 @@ import hf_multipole
 from hf_multipole.modeling import multipole_state
 from hf_multipole.modeling.backends import takes_kernels
 from hf_multipole.reference import multipole_attention_reference
+from tests.helpers.multipole_cases import Case, make
 from tests.helpers.multipole_properties import (
-    Case,
     as_without_downsampling,
-    assert_within,
     documents_do_not_meet,
     exact_when_keys_are_constant,
     exact_when_short,
     future_does_not_matter,
-    make,
     matches_reference,
     padding_does_not_matter,
     sees_exactly_what_is_visible,
     weights_sum_to_one,
 )
+from tests.helpers.numerics import assert_within
 from tests.helpers.tiny_models import build, tokens
 
 triton = pytest.importorskip("triton")

@@ -22,18 +22,15 @@ from hf_multipole.modeling.polynomial_attention import (
     minimax_exponential,
 )
 from hf_multipole.reference import tensor_attention_reference
-from tests.helpers.multipole_properties import LAYOUTS, assert_within
+from tests.helpers.numerics import assert_within, peak_bytes
+from tests.helpers.rows import LAYOUTS
+from tests.helpers.tensor_cases import TensorCase, cases, make, plain_tensors
 from tests.helpers.tensor_properties import (
-    TensorCase,
-    cases,
     documents_do_not_meet,
     future_does_not_matter,
-    make,
     padding_does_not_matter,
     sees_exactly_what_is_visible,
 )
-from tests.modeling.test_multipole_attention import peak_bytes
-from tests.modeling.test_tensor_attention import tensors
 
 PADDED = ((2, 3), (0, 5))
 FULL = TensorCase(n=14, repeats=2, entries=1.0)
@@ -420,7 +417,7 @@ def test_large_scores_in_float32_ask_for_float64():
 
 @pytest.mark.parametrize("degree", [6, None])
 def test_too_many_features_are_refused_before_memory_is_taken(degree):
-    arguments = tensors(dim=40) | {"method": "polynomial", "entry_bound": 8.0, "scale": 8.0**-3 / 40 * 3, "tolerance": 1e-4}
+    arguments = plain_tensors(dim=40) | {"method": "polynomial", "entry_bound": 8.0, "scale": 8.0**-3 / 40 * 3, "tolerance": 1e-4}
     with pytest.raises(ValueError, match="features"):
         tensor_attention(**arguments, degree=degree)
     assert peak_bytes(lambda: pytest.raises(ValueError, tensor_attention, **arguments, degree=degree)) < 2**20

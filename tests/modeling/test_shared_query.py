@@ -16,22 +16,20 @@ from hf_multipole.modeling import shared_query_torch as linear
 from hf_multipole.modeling.hierarchy import level_count
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from hf_multipole.reference import multipole_attention_reference
+from tests.helpers.multipole_cases import PADDED, SHAPES, Case, cases, make
 from tests.helpers.multipole_properties import (
-    LAYOUTS,
-    Case,
+    agrees,
     as_without_downsampling,
-    assert_within,
-    cases,
     documents_do_not_meet,
     exact_when_short,
     future_does_not_matter,
-    make,
     matches_reference,
     padding_does_not_matter,
     sees_exactly_what_is_visible,
     weights_sum_to_one,
 )
-from tests.modeling.test_multipole_attention import EVERY, LOW, PADDED, SHAPES, check_compiled, peak_bytes, replace_leaves
+from tests.helpers.numerics import EVERY, LOW, assert_within, peak_bytes
+from tests.helpers.rows import LAYOUTS
 
 # One of everything, four levels.
 FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical", downsample=True)
@@ -211,7 +209,7 @@ def test_gradcheck(causal, shape):
     names = list(call.leaves)
 
     def function(*leaves):
-        return replace_leaves(call, dict(zip(names, leaves)))(multipole_attention)
+        return call.with_leaves(dict(zip(names, leaves)))(multipole_attention)
 
     assert torch.autograd.gradcheck(function, tuple(call.leaves.values()))
 
@@ -234,7 +232,7 @@ def test_opcheck(causal):
 def test_compiles_without_a_graph_break(causal, shape):
     torch._dynamo.reset()
     compiled = torch.compile(multipole_attention, fullgraph=True, backend="aot_eager")
-    check_compiled(compiled, replace(FULL, causal=causal, **SHAPES[shape]))
+    agrees(compiled, multipole_attention, replace(FULL, causal=causal, **SHAPES[shape]))
 
 
 def test_autocast():

@@ -17,18 +17,15 @@ from hypothesis import strategies as st
 import hf_multipole
 from hf_multipole.modeling.polynomial_attention import features
 from hf_multipole.reference import tensor_attention_reference
-from tests.helpers.multipole_properties import assert_within
+from tests.helpers.numerics import assert_within
+from tests.helpers.tensor_cases import TensorCase, cases, make, plain_tensors
 from tests.helpers.tensor_properties import (
-    TensorCase,
-    cases,
     documents_do_not_meet,
     future_does_not_matter,
-    make,
     matches_reference,
     padding_does_not_matter,
     sees_exactly_what_is_visible,
 )
-from tests.modeling.test_tensor_attention import tensors
 
 triton = pytest.importorskip("triton")
 
@@ -375,7 +372,7 @@ REFUSED = {
 @pytest.mark.parametrize("options, error, words", REFUSED.values(), ids=REFUSED)
 def test_refused_with_the_remedy(options, error, words):
     with pytest.raises(error, match=words) as caught:
-        hf_multipole.tensor_attention(**tensors(**options), backend="triton")
+        hf_multipole.tensor_attention(**plain_tensors(**options), backend="triton")
     assert "pass backend='auto' or 'torch'" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -388,12 +385,12 @@ def test_float64_is_refused():
 def test_a_device_that_is_no_gpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="need tensors on a CUDA device, but q is on cpu; move them, or pass backend='auto' or 'torch'"):
-        hf_multipole.tensor_attention(**tensors(), backend="triton")
+        hf_multipole.tensor_attention(**plain_tensors(), backend="triton")
 
 
 def test_auto_leaves_other_devices_to_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, kernels.__name__, None)  # an import of it fails
-    hf_multipole.tensor_attention(**tensors())
+    hf_multipole.tensor_attention(**plain_tensors())
 
 
 @pytest.mark.parametrize("version, words", [(None, "need Triton: pip install"), ("3.2.0", "need Triton 3.3 or later, but this is 3.2.0")])
