@@ -274,9 +274,10 @@ def part(o) -> dict:
 def in_new_process(arguments, *task) -> dict:
     """A measurement in a process of its own: what the others left in memory would blur its figures."""
     task = [str(x) for x in task]
-    done = subprocess.run([sys.executable, __file__, *arguments, "--part", *task], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "scripts.benchmarks.generation", *arguments, "--part", *task]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"benchmark_generation.py: {' '.join(task)} failed")
+        sys.exit(f"generation.py: {' '.join(task)} failed")
     return json.loads(done.stdout.splitlines()[-1])
 
 

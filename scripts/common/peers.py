@@ -1,8 +1,8 @@
-"""Other efficient attentions as attention functions of Transformers: a script of this folder, with them registered.
+"""Other efficient attentions as attention functions of Transformers, and the training and evaluation scripts with them registered.
 
-    python -m scripts.common.peers run_clm.py --config configs/quickstart.yaml --attn_implementation peer_linear \
+    python -m scripts.common.peers run_clm --config configs/quickstart.yaml --attn_implementation peer_linear \
         --config_overrides '{layer_types: [full_attention, full_attention]}' --output_dir runs/linear
-    python -m scripts.common.peers evaluate_lm.py --model runs/linear --attn-implementation peer_linear ...
+    python -m scripts.common.peers evaluate_lm --model runs/linear --attn-implementation peer_linear ...
 
 So they run in the same block as multipole attention, in layers of "full_attention", and with the same rotary positions:
     peer_linear: linear attention with feature map elu + 1 (Katharopoulos et al., arXiv 2006.16236);
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -166,10 +165,14 @@ def register() -> None:
         AttentionMaskInterface.register(name, mask_function)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or not (Path(__file__).parent / sys.argv[1]).is_file() and not Path(sys.argv[1]).is_file():
-        sys.exit("usage: python -m scripts.common.peers SCRIPT.py ARGUMENTS: a script of this folder")
+def main() -> None:
+    found = len(sys.argv) > 1 and find_spec(f"scripts.{sys.argv[1]}")
+    if not found:
+        sys.exit("usage: python -m scripts.common.peers SCRIPT ARGUMENTS: run_clm, run_mlm or evaluate_lm, and what it takes")
     register()
-    script = Path(sys.argv[1]) if Path(sys.argv[1]).is_file() else Path(__file__).parent / sys.argv[1]
-    sys.argv = [str(script), *sys.argv[2:]]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = sys.argv[1:]
+    runpy.run_module(found.name, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

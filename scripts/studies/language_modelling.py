@@ -49,7 +49,6 @@ from hf_multipole.training.run import BAD_INPUT, one_line
 from scripts.benchmarks.tensor import machine
 from scripts.common.peers import PEERS
 
-SCRIPTS = Path(__file__).parent
 AXES = ("budgets", "contexts", "seeds")
 # What the study itself decides in every run.
 DECIDED = ("max_steps", "seed", "output_dir", "resume_from_checkpoint", "push_to_hub")
@@ -231,9 +230,9 @@ def start(run: Run, threads: int) -> tuple[subprocess.Popen, object] | None:
     part = file.with_suffix(".part")
     part.write_text(yaml.safe_dump(run.values, sort_keys=False))
     part.replace(file)
-    script = "run_mlm.py" if "mlm_probability" in run.values else "run_clm.py"
-    peers = [str(SCRIPTS / "peers.py")] if run.values.get("attn_implementation") in PEERS else []
-    command = [sys.executable, *peers, str(SCRIPTS / script), "--config", str(file)]
+    script = "run_mlm" if "mlm_probability" in run.values else "run_clm"
+    module = ["scripts.common.peers", script] if run.values.get("attn_implementation") in PEERS else [f"scripts.{script}"]
+    command = [sys.executable, "-m", *module, "--config", str(file)]
     if (run.folder / checkpoints.RUN).is_file():
         command += ["--resume_from_checkpoint", "intact"]
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_multipole import tensor_attention
 from hf_multipole.modeling import tensor_attention as module
 from hf_multipole.reference import tensor_attention_reference
+from tests.helpers.commands import run
 from tests.helpers.numerics import LOW, assert_within
 from tests.helpers.rows import LAYOUTS
 from tests.helpers.tensor_cases import TensorCase, cases, make, plain_tensors
@@ -23,7 +24,6 @@ from tests.helpers.tensor_properties import (
     padding_does_not_matter,
     sees_exactly_what_is_visible,
 )
-from tests.scripts.test_scripts import run
 
 PADDED = ((2, 3), (0, 5))
 FULL = TensorCase(n=14, repeats=2)
@@ -321,12 +321,14 @@ def test_match3(window):
 
 def test_benchmark(tmp_path):
     lengths = ["--lengths", 20, "--window-lengths", 40, "--polynomial-lengths", 40, "--window", 3, 9, "--repeats", 1, "--threads", 1]
-    run("benchmark_tensor.py", *lengths, "--output", "out", cwd=tmp_path)
+    run("scripts.benchmarks.tensor", *lengths, "--output", "out", cwd=tmp_path)
     record = json.loads((tmp_path / "out" / "benchmark-tensor.json").read_text())
     assert {result["part"] for result in record["results"]} == {"exact", "window", "polynomial"}
     if not torch.cuda.is_available():
-        assert "--device cuda: PyTorch finds no CUDA device" in run("benchmark_tensor.py", "--device", "cuda", cwd=tmp_path, fails=True)
-    assert "--repeats 0 must be positive" in run("benchmark_tensor.py", "--repeats", 0, cwd=tmp_path, fails=True)
+        assert "--device cuda: PyTorch finds no CUDA device" in run(
+            "scripts.benchmarks.tensor", "--device", "cuda", cwd=tmp_path, fails=True
+        )
+    assert "--repeats 0 must be positive" in run("scripts.benchmarks.tensor", "--repeats", 0, cwd=tmp_path, fails=True)
 
 
 # What is refused

@@ -1,21 +1,16 @@
-"""scripts/studies/ablations.py: what it silences is silent, what it counts is there, and nothing stays behind."""
+"""The study of ablations: what it silences is silent, what it counts is there, and nothing stays behind."""
 
-import importlib
 import json
 
 import pytest
 import torch
 
+from scripts.studies import ablations
+from tests.helpers.commands import run
 from tests.helpers.tiny_models import BLOCK, build, tokens
-from tests.scripts.test_scripts import checkpoint, run  # noqa: F401 (a fixture)
 
 
-@pytest.fixture
-def far_field(monkeypatch):
-    return importlib.import_module("scripts.studies.ablations")
-
-
-def test_silenced(far_field):
+def test_silenced():
     """Without any far field, far tokens do not matter; without a level, those that only it shows; afterwards all is as before."""
     model, ids = build(num_hidden_layers=1), tokens(1, 8 * BLOCK)
     other = ids.clone()
@@ -24,7 +19,7 @@ def test_silenced(far_field):
         before = model(ids, use_cache=False).logits
 
         def difference(**what):
-            with far_field.silenced(model, **what):
+            with ablations.silenced(model, **what):
                 a, b = (model(x, use_cache=False).logits[0, -1] for x in (ids, other))
             return (a - b).abs().max().item()
 
@@ -33,10 +28,10 @@ def test_silenced(far_field):
         assert torch.equal(model(ids, use_cache=False).logits, before)
 
 
-def test_weights(far_field):
+def test_weights():
     """They are what is left beside the weights of tokens."""
     model, ids = build(), tokens(1, 64)
-    found = far_field.weights(model, [{"input_ids": ids[0].tolist()}])
+    found = ablations.weights(model, [{"input_ids": ids[0].tolist()}])
     with torch.no_grad():
         attentions = model(ids, use_cache=False, output_attentions=True).attentions
     for i, shares in found.items():
@@ -44,17 +39,17 @@ def test_weights(far_field):
         assert len(shares) == 2 and min(shares) > 0 and sum(shares) == pytest.approx(1 - near, abs=1e-6)
 
 
-def test_script(checkpoint, tmp_path):  # noqa: F811
+def test_script(checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text("Words and numbers: 12, 3. " * 40)
     arguments = ["--models", checkpoint, "--file", "text.txt", "--context", 64, "--rows", 3, "--output", "out"]
-    printed = run("far_field.py", *arguments, cwd=tmp_path)
+    printed = run("scripts.studies.ablations", *arguments, cwd=tmp_path)
     (record,) = json.loads((tmp_path / "out" / "far-field.json").read_text())["models"]
     assert "| lost |" in printed and len(record["without_level"]) == 2 and len(record["weights"]) == 2
     assert (tmp_path / "out" / "far-field.md").read_text().strip() in printed
-    assert "but 99 were asked for" in run("far_field.py", *arguments[:-3], 99, "--output", "other", cwd=tmp_path, fails=True)
+    assert "but 99 were asked for" in run("scripts.studies.ablations", *arguments[:-3], 99, "--output", "other", cwd=tmp_path, fails=True)
     for context in (16, 1024):  # no far level, and more of them than a model for 256 tokens has biases for
         short = [context if x == 64 else x for x in arguments]
-        assert f"--context {context} has" in run("far_field.py", *short[:-2], "--output", "other", cwd=tmp_path, fails=True)
+        assert f"--context {context} has" in run("scripts.studies.ablations", *short[:-2], "--output", "other", cwd=tmp_path, fails=True)
     build(layer_types=["full_attention"]).save_pretrained(tmp_path / "full")
-    assert "has no far bias" in run("far_field.py", *["--models", "full", *arguments[2:]], cwd=tmp_path, fails=True)
+    assert "has no far bias" in run("scripts.studies.ablations", *["--models", "full", *arguments[2:]], cwd=tmp_path, fails=True)
     assert not (tmp_path / "other").exists()

@@ -16,9 +16,9 @@ from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
 from hf_multipole.modeling.shared_query_state import LinearState
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from scripts.benchmarks import cost_model
-from scripts.benchmarks.cost_model import Layer  # noqa: E402
+from scripts.benchmarks.cost_model import Layer
 from scripts.common import peers
-from tests.scripts.test_scripts import run
+from tests.helpers.commands import run
 
 sizes = st.tuples(st.integers(1, 700), st.sampled_from([2, 4, 8, 12]), st.sampled_from([1, 2]))
 
@@ -155,7 +155,7 @@ def test_benchmark_and_plan(tmp_path):
     sizes = ["--heads", 2, "--head-dim", 8, "--block-size", 8, "--rank", 2, "--repeats", 1, "--threads", 1, "--clock", "processor"]
     methods = ["--methods", "sdpa", "multipole-hierarchical", "multipole-linear", "linear-attention"]
     shapes = ["--lengths", 64, 256, "--batch", 1, 3]
-    run("benchmark.py", *sizes, *methods, *shapes, "--no-memory", "--output", "out", cwd=tmp_path)
+    run("scripts.benchmarks.attention", *sizes, *methods, *shapes, "--no-memory", "--output", "out", cwd=tmp_path)
     record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert [(r["n"], r["batch"]) for r in record["results"][::4]] == [(64, 1), (64, 3), (256, 1), (256, 3)]
     assert all(min(r["forward_floors"].values()) > 0 and r["forward"]["median"] > 0 and not r["note"] for r in record["results"])
@@ -163,7 +163,7 @@ def test_benchmark_and_plan(tmp_path):
     assert record["results"][-3]["least_memory"] == least
 
     plan = ["--lengths", 2**20, "--devices", 1, 512, "--measured", "out/benchmark.json", "--report", "reports/cost.md"]
-    run("cost_plan.py", *plan, cwd=tmp_path)
+    run("scripts.benchmarks.cost_plan", *plan, cwd=tmp_path)
     text = (tmp_path / "reports" / "cost.md").read_text()
     assert "| 1,048,576 | 512 |" in text and "## The processor that was measured" in text
     # 524,288.5 columns of 128 entries for 32 heads, two products forward and four backward, at 60 % of 989 Tflop/s.
@@ -173,23 +173,23 @@ def test_benchmark_and_plan(tmp_path):
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("benchmark.py", ["--tokens", 100, "--lengths", 64], "--tokens 100 is no multiple of --lengths 64"),
-        ("benchmark.py", ["--tokens", 64, "--lengths", 64, "--batch", 2], "--tokens and --batch exclude each other"),
-        ("cost_plan.py", ["--lengths", 1000, "--devices", 8], "--lengths 1000 cannot be cut into whole blocks of 64 for --devices 8"),
-        ("cost_plan.py", ["--lengths", 4096, "--devices", 3, 8], "--lengths 4096 cannot be cut into whole blocks of 64 for --devices 3"),
-        ("cost_plan.py", ["--share-full", 2], "--share-full 2.0 must be at most 1"),
-        ("cost_plan.py", ["--measured", "none.json"], "--measured none.json does not exist"),
+        ("attention", ["--tokens", 100, "--lengths", 64], "--tokens 100 is no multiple of --lengths 64"),
+        ("attention", ["--tokens", 64, "--lengths", 64, "--batch", 2], "--tokens and --batch exclude each other"),
+        ("cost_plan", ["--lengths", 1000, "--devices", 8], "--lengths 1000 cannot be cut into whole blocks of 64 for --devices 8"),
+        ("cost_plan", ["--lengths", 4096, "--devices", 3, 8], "--lengths 4096 cannot be cut into whole blocks of 64 for --devices 3"),
+        ("cost_plan", ["--share-full", 2], "--share-full 2.0 must be at most 1"),
+        ("cost_plan", ["--measured", "none.json"], "--measured none.json does not exist"),
     ],
 )
 def test_what_the_scripts_refuse(script, arguments, message, tmp_path):
-    assert message in run(script, *arguments, cwd=tmp_path, fails=True)
+    assert message in run(f"scripts.benchmarks.{script}", *arguments, cwd=tmp_path, fails=True)
     assert not list(tmp_path.iterdir())
 
 
 def test_memory_in_a_process_of_its_own(tmp_path):
     """Exact attention holds the outputs and gradients of the model, and a few MB that libraries take."""
     shape = ["--lengths", 4096, "--methods", "sdpa", "--heads", 1, "--repeats", 1, "--threads", 1, "--block-size", 8]
-    run("benchmark.py", *shape, "--output", "out", cwd=tmp_path)
+    run("scripts.benchmarks.attention", *shape, "--output", "out", cwd=tmp_path)
     (result,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["results"]
     assert result["least_memory"] == 4 * 4096 * 64 * 4 + 4096 * 4
     assert 0.5 * result["least_memory"] <= result["memory"] <= result["least_memory"] + 2**24

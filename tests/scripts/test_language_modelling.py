@@ -1,13 +1,11 @@
-"""The study of language modelling: a miniature, interrupted and continued; what it refuses; its statistics; the peers it compares with."""
+"""The study of language modelling: a miniature, interrupted and continued; what it refuses; its statistics; its peers."""
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,9 @@ import yaml
 from hf_multipole.training import checkpoints
 from scripts.common import peers
 from scripts.studies import language_modelling as study
+from tests.helpers.commands import ROOT, environment
 from tests.helpers.training_runs import write_texts
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "block_size": 8, "rank": 2}
 
 
@@ -47,9 +45,8 @@ def write_study(folder, **changed):
 
 
 def begin(folder):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "scripts.studies.language_modelling", "mini.yaml", "--report", "mini.md", "--jobs", "2"]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_study_interrupted_and_continued(tmp_path):

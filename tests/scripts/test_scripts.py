@@ -2,69 +2,46 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.commands import run
 from tests.helpers.tiny_models import build
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(script, *arguments, cwd, fails=False):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
 
 
 def test_benchmark_of_generation(tmp_path):
     sizes = ["--heads", 2, "--head-dim", 8, "--block-size", 8, "--rank", 2, "--layers", 1, "--repeats", 1, "--threads", 1]
     lengths = ["--contexts", 100, "--batch-context", 60, "--batch", 3, "--prompts", 100, "--tokens", 2000]
-    run("benchmark_generation.py", *sizes, *lengths, "--clock", "processor", "--output", "out", cwd=tmp_path)
+    run("scripts.benchmarks.generation", *sizes, *lengths, "--clock", "processor", "--output", "out", cwd=tmp_path)
     record = json.loads((tmp_path / "out" / "benchmark-generation.json").read_text())
     assert [(r["context"], r["batch"]) for r in record["steps"]] == [(60, 3), (100, 1)]
     assert record["steps"][0]["full"]["bytes"] == 3 * 2 * 2 * 60 * 8 * 4
     assert all(0 < r[kind]["floor"] < r[kind]["seconds"] for r in record["steps"] for kind in ("multipole", "multipole_linear", "linear"))
     assert len(record["writing"]["multipole"]["seconds_per_1000"]) == 2
-    assert "must be at least 2000" in run("benchmark_generation.py", "--tokens", 10, cwd=tmp_path, fails=True)
+    assert "must be at least 2000" in run("scripts.benchmarks.generation", "--tokens", 10, cwd=tmp_path, fails=True)
 
 
 def test_tensor_tradeoff(tmp_path):
     """A bound that has a polynomial, and ones that have none; a second report takes the times of the first."""
     sizes = ["--orders", 3, "--score-dim", 2, "--value-dim", 2, "--tuples", 512, "--numbers", 512, "--repeats", 1, "--output", "out"]
-    printed = run("tensor_tradeoff.py", *sizes, "--bounds", 1, 3, 9, cwd=tmp_path)
+    printed = run("scripts.benchmarks.tensor_tradeoff", *sizes, "--bounds", 1, 3, 9, cwd=tmp_path)
     record = json.loads((tmp_path / "out" / "tensor-tradeoff.json").read_text())
     assert {job["degree"] for job in record["times"]} >= {None, 4} and all(job["seconds"] > 0 for job in record["times"])
     assert "| 3 | 1 | 1 | 4 | 15 | float32 | 5.0e-04 |" in printed
     assert "| 3 | 3 | 27 | none: delta is 1 even at degree 24 |" in printed and "none: scores beyond 80 are refused" in printed
-    run("tensor_tradeoff.py", *sizes, "--bounds", 0.5, "--report", "again.md", cwd=tmp_path)
+    run("scripts.benchmarks.tensor_tradeoff", *sizes, "--bounds", 0.5, "--report", "again.md", cwd=tmp_path)
     assert "| 3 | 0.5 | 0.125 | 2 | 6 | float32 |" in (tmp_path / "again.md").read_text()
     assert json.loads((tmp_path / "out" / "tensor-tradeoff.json").read_text()) == record
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from transformers import ByT5Tokenizer
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    build(vocab_size=384).float().save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_generate_with_a_state(checkpoint, tmp_path):
     """A text read at once, and the same text read in two runs, go on in the same way."""
     greedy = ["--model", checkpoint, "--temperature", 0, "--max-new-tokens", 12]
-    whole = run("generate.py", *greedy, "--prompt", "a long text, and a question", cwd=tmp_path)
+    whole = run("scripts.generate", *greedy, "--prompt", "a long text, and a question", cwd=tmp_path)
     first = ["--model", checkpoint, "--prompt", "a long text, and", "--save-state", "text.state", "--max-new-tokens", 0, "--chunk", 5]
-    run("generate.py", *first, cwd=tmp_path)
-    second = run("generate.py", *greedy, "--load-state", "text.state", "--prompt", " a question", cwd=tmp_path)
+    run("scripts.generate", *first, cwd=tmp_path)
+    second = run("scripts.generate", *greedy, "--load-state", "text.state", "--prompt", " a question", cwd=tmp_path)
     assert whole.removeprefix("a long text, and") == second
 
 
@@ -79,16 +56,16 @@ def test_generate_with_a_state(checkpoint, tmp_path):
     ],
 )
 def test_generate_refuses(checkpoint, tmp_path, arguments, message):
-    errors = run("generate.py", "--model", checkpoint, *arguments, cwd=tmp_path, fails=True)
+    errors = run("scripts.generate", "--model", checkpoint, *arguments, cwd=tmp_path, fails=True)
     assert message in errors.strip().splitlines()[-1] and "Traceback" not in errors
 
 
 @pytest.mark.parametrize("kind", ["polynomial", "converted", "windowed"])
 def test_generate_with_caches_that_take_nothing_back(kind, tmp_path):
-    import stock_models as stock
     from transformers import ByT5Tokenizer
 
     from hf_multipole import convert
+    from tests.helpers import stock_models as stock
 
     if kind == "polynomial":
         model = build(vocab_size=384, layer_types=["multipole_attention", "tensor_attention"], tensor_method="polynomial")
@@ -98,18 +75,19 @@ def test_generate_with_caches_that_take_nothing_back(kind, tmp_path):
     model.float().save_pretrained(tmp_path / "model")
     ByT5Tokenizer().save_pretrained(tmp_path / "model")
     greedy = ["--model", "model", "--temperature", 0, "--max-new-tokens", 5]
-    whole = run("generate.py", *greedy, "--prompt", "a long text of many words, and a question", cwd=tmp_path)
+    whole = run("scripts.generate", *greedy, "--prompt", "a long text of many words, and a question", cwd=tmp_path)
     assert len(whole) > 40
     if kind != "polynomial":
-        run("generate.py", *greedy, "--prompt", "a long text of many words, and", "--save-state", "text.state", cwd=tmp_path)
-        assert whole.endswith(run("generate.py", *greedy, "--load-state", "text.state", "--prompt", " a question", cwd=tmp_path)[-5:])
+        run("scripts.generate", *greedy, "--prompt", "a long text of many words, and", "--save-state", "text.state", cwd=tmp_path)
+        assert whole.endswith(run("scripts.generate", *greedy, "--load-state", "text.state", "--prompt", " a question", cwd=tmp_path)[-5:])
 
 
 @pytest.fixture(scope="module")
 def stock_checkpoint(tmp_path_factory):
     import torch
-    from stock_models import GROUPED
     from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    from tests.helpers.stock_models import GROUPED
 
     folder = tmp_path_factory.mktemp("stock")
     torch.manual_seed(0)
@@ -123,7 +101,7 @@ def test_convert(stock_checkpoint, tmp_path):
     """A checkpoint that loads, and a report on each layer."""
     options = ["--block-size", 8, "--rank", 2, "--layers", 1, "--tolerance", 0]
     printed = run(
-        "convert.py", "--model", stock_checkpoint, "--text", stock_checkpoint / "text.txt", "--output", "out", *options, cwd=tmp_path
+        "scripts.convert", "--model", stock_checkpoint, "--text", stock_checkpoint / "text.txt", "--output", "out", *options, cwd=tmp_path
     )
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     rows = record["layers"]
@@ -161,7 +139,7 @@ def test_convert(stock_checkpoint, tmp_path):
 def test_convert_to_tensor(stock_checkpoint, tmp_path):
     """A checkpoint that loads; nothing to measure."""
     options = ["--kind", "tensor", "--tensor-window", 3, "all", "--layers", 1]
-    printed = run("convert.py", "--model", stock_checkpoint, "--output", "out", *options, cwd=tmp_path)
+    printed = run("scripts.convert", "--model", stock_checkpoint, "--output", "out", *options, cwd=tmp_path)
     assert "Its gates are 0" in printed and "wrote out" in printed
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["options"]["tensor_window"] == [3, None] and list(record) == ["options"]
@@ -172,7 +150,7 @@ def test_convert_to_tensor(stock_checkpoint, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [hasattr(layer.self_attn, "tensor_branch") for layer in model.model.layers] == [False, True]
-    errors = run("convert.py", "--model", stock_checkpoint, "--output", "other", *options, "--rank", 3, cwd=tmp_path, fails=True)
+    errors = run("scripts.convert", "--model", stock_checkpoint, "--output", "other", *options, "--rank", 3, cwd=tmp_path, fails=True)
     assert "rank is no option of convert(model, 'tensor')" in errors.strip().splitlines()[-1] and not (tmp_path / "other").exists()
 
 
@@ -192,7 +170,7 @@ def test_convert_refuses(stock_checkpoint, tmp_path, changed, message):
     (tmp_path / "here").touch()
     options = {"--model": stock_checkpoint, "--text": stock_checkpoint / "text.txt", "--output": "out", "--block-size": 8, "--rank": 2}
     arguments = [x for pair in (options | changed).items() for x in pair]
-    errors = run("convert.py", *arguments, cwd=tmp_path, fails=True)
+    errors = run("scripts.convert", *arguments, cwd=tmp_path, fails=True)
     assert message in errors and "Traceback" not in errors and not (tmp_path / "out").exists()
 
 
@@ -208,18 +186,18 @@ def test_convert_refuses_broken_checkpoints(stock_checkpoint, tmp_path):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     shutil.copytree(stock_checkpoint, tmp_path / "nan")
     model.save_pretrained(tmp_path / "nan")
-    errors = run("convert.py", "--model", "nan", *options, cwd=tmp_path, fails=True)
+    errors = run("scripts.convert", "--model", "nan", *options, cwd=tmp_path, fails=True)
     assert "not finite: model.layers.0.mlp.up_proj.weight" in errors and "Traceback" not in errors
     weights = tmp_path / "nan" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    errors = run("convert.py", "--model", "nan", *options, cwd=tmp_path, fails=True)
+    errors = run("scripts.convert", "--model", "nan", *options, cwd=tmp_path, fails=True)
     assert "convert.py: " in errors.strip().splitlines()[-1] and "Traceback" not in errors
 
 
 def test_support_table(tmp_path):
     """One architecture of each kind; what was tried is kept."""
     names = ["llama", "mistral", "bert", "bloom", "gpt_oss", "llava", "sew"]
-    run("support_table.py", "--output", "support.md", "--only", *names, cwd=tmp_path)
+    run("scripts.studies.support", "--output", "support.md", "--only", *names, cwd=tmp_path)
     found = json.loads((tmp_path / "support.json").read_text())["results"]
     statuses = {name: result["status"] for name, result in found.items()}
     expected = {"llama": "runs", "bert": "runs", "bloom": "refused", "gpt_oss": "refused", "llava": "not tried", "sew": "not tried"}
@@ -230,10 +208,9 @@ def test_support_table(tmp_path):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_drawn_pattern_covers_every_token_once(causal, monkeypatch):
+def test_drawn_pattern_covers_every_token_once(causal):
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from draw_pattern import cells
+    from scripts.studies.drawings import cells
 
     seen = torch.zeros(96, 96)
     for query, queries, key, keys in (cell for found in cells(96, 8, 2, causal).values() for cell in found):
@@ -243,6 +220,6 @@ def test_drawn_pattern_covers_every_token_once(causal, monkeypatch):
 
 def test_pattern_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    run("draw_pattern.py", "--tokens", 32, "--output", "images/pattern.png", cwd=tmp_path)
+    run("scripts.studies.drawings", "--tokens", 32, "--output", "images/pattern.png", cwd=tmp_path)
     assert (tmp_path / "images" / "pattern.png").stat().st_size > 1000
-    assert "multiple of --block-size" in run("draw_pattern.py", "--tokens", 33, "--output", "x.png", cwd=tmp_path, fails=True)
+    assert "multiple of --block-size" in run("scripts.studies.drawings", "--tokens", 33, "--output", "x.png", cwd=tmp_path, fails=True)
