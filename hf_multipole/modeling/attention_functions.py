@@ -13,6 +13,8 @@ from .hierarchy import level_count
 from .learned import trained_length, trained_levels
 from .multipole_attention import aligned_attention
 from .multipole_cache import NO_DROPOUT, OUT_OF_STEP, numbered
+from .multipole_rows import Call
+from .options import MultipoleOptions
 from .summaries import compute_dtype
 from .tensor_attention import check_options, document_attention
 
@@ -35,6 +37,18 @@ def refuse_features(arguments: dict, windowed: bool, asker: str) -> None:
     for name, remedy in _UNSUPPORTED.items():
         if arguments.get(name) is not None and not (windowed and name == "sliding_window"):
             raise ValueError(f"{asker} does not support {name}: {remedy}")
+
+
+def _call(module, query, longest, causal, downsample_queries, dropout, softcap, scaling, key_summary) -> Call:
+    rest = _options(module, query, longest, softcap, scaling, key_summary)
+    sizes = {name: rest.pop(name) for name in ("block_size", "rank", "size_weighting")}
+    return Call(
+        MultipoleOptions(downsample_queries=downsample_queries, **sizes),
+        query_summary=getattr(getattr(module, "far_field", None), "query_summary", None),
+        causal=causal,
+        dropout_p=dropout,
+        **rest,
+    )
 
 
 @torch.compiler.disable
@@ -250,13 +264,9 @@ def multipole_attention_forward(
         tokens,
         value,
         alignment,
-        far_keys=far_keys,
-        causal=attention_mask.causal,
-        query_summary=getattr(getattr(module, "far_field", None), "query_summary", None),
-        downsample_queries=downsample_queries,
-        dropout_p=dropout,
-        return_weights=bool(output_attentions),
-        **_options(module, query, longest, softcap, scaling, key_summary),
+        _call(module, query, longest, attention_mask.causal, downsample_queries, dropout, softcap, scaling, key_summary),
+        far_keys,
+        bool(output_attentions),
     )
     if torch.is_grad_enabled() and hasattr(module, "far_field"):
         out = module.far_field.keep_in_graph(out, longest)

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .multipole_attention import check_sizes
+from .options import MultipoleOptions
 from .polynomial_attention import TOLERANCE, approximate
 from .tensor_attention import check_options
 
@@ -52,7 +52,7 @@ def attention_options(config: PreTrainedConfig) -> dict:
         names = ", ".join(map(repr, STOCK_OPTIONS | TENSOR_OPTIONS))
         raise ValueError(f"config.multipole has {unknown[0]!r}, but the options are {names}")
     options = STOCK_OPTIONS | {name: value for name, value in given.items() if name in STOCK_OPTIONS}
-    check_sizes(options["block_size"], options["rank"])
+    MultipoleOptions(block_size=options["block_size"], rank=options["rank"])
     if options["summary"] not in SUMMARIES:
         raise ValueError(f"summary is {options['summary']!r}, but must be one of {', '.join(map(repr, SUMMARIES))}")
     for name in ("size_weighting", "downsample_queries"):
@@ -253,7 +253,7 @@ class MultipoleConfig(PreTrainedConfig):
 
     def validate_multipole(self):
         """Part of the strict validation: sizes that must fit each other."""
-        check_sizes(self.block_size, self.rank)
+        MultipoleOptions(block_size=self.block_size, rank=self.rank)
         if self.summary not in SUMMARIES:
             raise ValueError(f"summary is {self.summary!r}, but must be one of {', '.join(map(repr, SUMMARIES))}")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -14,7 +14,9 @@ from torch import nn
 
 from .backends import takes_kernels
 from .hierarchy import far_columns, level_count
-from .multipole_attention import attend_blocks, far_field, run_kernels
+from .multipole_attention import Listing, attend_blocks, list_summaries, run_kernels
+from .multipole_rows import Call
+from .options import MultipoleOptions
 from .summaries import Past, compute_dtype
 
 
@@ -392,21 +394,24 @@ class MultipoleState:
         first = max(0, past // self.block_size - 1)
         far = [torch.cat(groups, 2) for groups in far]
         if call.kernels:
-            options = {"causal": True, "size_weighting": call.size_weighting, "far_bias": call.far_bias, "softcap": call.softcap}
-            options |= {"scale": call.scale, "block_size": self.block_size, "rank": self.rank, "first_block": first}
-            return run_kernels(*padded, *far, begins[: len(counts)], counts, **options)[0]
-        row, bias = self._far_columns(n, first, begins, counts, padded[1].shape[1], call, q.device)
-        return attend_blocks(*padded, *far, row, bias, None, self.block_size, True, call.scale, call.softcap)
+            listing = Listing(begins[: len(counts)], counts, first, self.block_size, self.rank)
+            return run_kernels(*padded, *far, listing, self._operator_call(call))[0]
+        return attend_blocks(*padded, self._listed(n, first, begins, counts, far, call), None, self.block_size, self._operator_call(call))
 
-    def _far_columns(self, n: int, first: int, begins: list[int], counts: list[int], kv_heads: int, call: _Call, device):
-        """Rows and bias as from ``far_field``, where of each level ``counts`` groups from ``begins`` on are listed, one after another."""
+    def _operator_call(self, call: _Call) -> Call:
+        options = MultipoleOptions(block_size=self.block_size, rank=self.rank, size_weighting=call.size_weighting)
+        return Call(options, far_bias=call.far_bias, softcap=call.softcap, scale=call.scale)
+
+    def _listed(self, n: int, first: int, begins: list[int], counts: list[int], far: list, call: _Call):
+        """The summaries that the blocks from ``first`` on see, where of each level ``counts`` groups from ``begins`` on are at hand, one
+        after another: ``far``, keys and values.
+        """
+        device = far[0].device
         columns = far_columns(n, self.block_size, len(counts), True, first, device)
         table = [(begin, count, sum(counts[:level])) for level, (begin, count) in enumerate(zip(begins, counts))]
         begin, count, before = torch.tensor(table, device=device).reshape(-1, 3).long()[columns.level - 1].unbind(1)
         row = (columns.first // columns.width - begin).clamp(min=0).minimum(count - 1) + before
-        columns = columns._replace(row=row)
-        dtype = self.keys.slots.dtype
-        return far_field(columns, None, None, self.rank, call.size_weighting, call.far_bias, kv_heads, dtype)
+        return list_summaries(*far, columns._replace(row=row), columns.hidden[None], self.rank, self._operator_call(call))
 
     def _step(self, q, k, v, call: _Call) -> torch.Tensor:
         """Attention of one more token in every row: all slots at once."""

@@ -7,10 +7,12 @@ at a time, so that logits stay in the cache and memory is linear in n; the backw
 
 import math
 import threading
+from typing import NamedTuple
 
 import torch
 
 from .hierarchy import near_offsets
+from .operators import define
 from .summaries import compute_dtype
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
@@ -52,22 +54,43 @@ def dropout_factors(shape: tuple[int, ...], p: float, generator: torch.Generator
     return keep / (1 - p)
 
 
-class BlockWork:
-    """The buffers and the pieces of one pass over the blocks; see ``block_attention`` for the arguments."""
+class Blocks(NamedTuple):
+    """Arguments of the operator :func:`block_attention`. A block's rows are the queries of all heads of one key head."""
 
-    def __init__(self, q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed):
+    q: torch.Tensor  # (blocks, repeats * block_size, dim), the blocks of all rows of the batch and key heads one after another
+    k: torch.Tensor  # (blocks, block_size, dim)
+    v: torch.Tensor  # (blocks, block_size, value_dim)
+    far_k: torch.Tensor  # (summaries of all rows and key heads, dim), in the compute dtype
+    far_v: torch.Tensor  # (summaries, value_dim)
+    far_index: torch.Tensor  # (blocks, columns): the summaries that a block sees
+    far_bias: torch.Tensor  # (blocks, repeats or 1, columns): what is added to their logits, -inf where they are hidden
+    document: torch.Tensor | None  # (blocks, block_size): tokens of different numbers do not see each other
+    causal: bool
+    row_blocks: int  # blocks in a row; there are no neighbours beyond
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    seed: torch.Tensor | None  # () int64, of the dropout
+
+
+class BlockWork:
+    """The buffers and the pieces of one pass over the blocks."""
+
+    def __init__(self, given: Blocks):
+        q, k, v, far_k, far_v = given.q, given.k, given.v, given.far_k, given.far_v
         self.q, self.k, self.v, self.far_k, self.far_v = q, k, v, far_k, far_v
-        self.far_index, self.far_bias, self.document = far_index, far_bias, document
-        self.causal, self.row_blocks, self.scale, self.softcap = causal, row_blocks, scale, softcap
-        self.dropout_p, self.seed = dropout_p, seed
+        self.far_index, self.far_bias, self.document = given.far_index, given.far_bias, given.document
+        self.row_blocks, self.scale, self.softcap = given.row_blocks, given.scale, given.softcap
+        self.dropout_p, self.seed = given.dropout_p, given.seed
         self.blocks, self.rows, self.dim = q.shape
         self.block_size = k.shape[1]
-        self.offsets = near_offsets(row_blocks, causal)
+        self.offsets = near_offsets(given.row_blocks, given.causal)
         self.near = len(self.offsets) * self.block_size
-        self.columns = self.near + far_index.shape[1]
+        self.columns = self.near + given.far_index.shape[1]
         self.dtype = compute_dtype(q.dtype)
         self.step = min(self.blocks, _blocks_at_once(self.rows, self.columns, q.device))
-        if causal:
+        self.future = None
+        if given.causal:
             own = torch.ones(self.block_size, self.block_size, dtype=torch.bool, device=q.device).triu(1)
             self.future = torch.cat([torch.zeros_like(own)] * (len(self.offsets) - 1) + [own], 1)
             self.future_bias = torch.zeros(self.future.shape, dtype=self.dtype, device=q.device).masked_fill_(self.future, -torch.inf)
@@ -123,7 +146,7 @@ class BlockWork:
         near, far = logits[..., : self.near], logits[..., self.near :]
         if self.document is not None:
             near.masked_fill_(self.hidden(start, stop)[:, None], -torch.inf)
-        if self.causal:
+        if self.future is not None:
             near.masked_fill_(self.future, -torch.inf) if not self.finite else near.add_(self.future_bias)
         # The first and last block of a row have no left and no right neighbour.
         for edge, offset in ((0, -1), (self.row_blocks - 1, 1)):
@@ -172,73 +195,38 @@ class BlockWork:
         return out.masked_fill_(reached, torch.nan)
 
 
-@torch.library.custom_op(_NAMESPACE + "::block_attention", mutates_args=())
-def block_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    far_k: torch.Tensor,
-    far_v: torch.Tensor,
-    far_index: torch.Tensor,
-    far_bias: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    row_blocks: int,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention of each block of queries to its neighbouring blocks and to listed summaries, in one softmax.
+# What gradients are for.
+_DIFFERENTIABLE = ("q", "k", "v", "far_k", "far_v", "far_bias")
 
-    q: ``(blocks, repeats * block_size, dim)``, the query heads of one key head stacked; k, v: ``(blocks, block_size, dim)``;
-    ``row_blocks`` consecutive blocks form a row. far_k, far_v: ``(summaries, dim)``; far_index: ``(blocks, columns)`` rows of
-    them; far_bias: ``(blocks, repeats or 1, columns)``, added to their logits, -inf where hidden. document:
-    ``(blocks, block_size)`` or None: tokens of different numbers do not see each other. Returns q's shape with v's dim.
-    """
-    work = BlockWork(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+
+def _forward(given: Blocks) -> torch.Tensor:
+    work, q, v = BlockWork(given), given.q, given.v
     out = q.new_empty(work.blocks, work.rows, v.shape[-1])
     keys, values, logits, result = work.buffers(
         (work.columns, work.dim), (work.columns, v.shape[-1]), (work.rows, work.columns), out.shape[1:]
     )
     with torch.autocast(q.device.type, enabled=False):
         for start, stop in work.parts():
-            gathered = work.gather(k, far_k, start, stop, keys)
+            gathered = work.gather(given.k, given.far_k, start, stop, keys)
             weights = work.weights(q[start:stop].to(work.dtype), gathered, start, stop, logits)
             factors = work.dropout(start, stop)
             if factors is not None:
                 weights = weights.mul_(factors)
-            gathered = work.gather(v, far_v, start, stop, values)
+            gathered = work.gather(v, given.far_v, start, stop, values)
             out[start:stop] = work.product(weights, gathered, start, stop, result[: stop - start])
     return out
 
 
-@torch.library.custom_op(_NAMESPACE + "::block_attention_backward", mutates_args=())
-def block_attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    far_k: torch.Tensor,
-    far_v: torch.Tensor,
-    far_index: torch.Tensor,
-    far_bias: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    row_blocks: int,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    work = BlockWork(q, k, v, far_k, far_v, far_index, far_bias, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+def _backward(given: Blocks, grads, _) -> tuple[torch.Tensor, ...]:
+    work, (grad,) = BlockWork(given), grads
+    q, k, v, far_k, far_v, far_bias = (getattr(given, name) for name in _DIFFERENTIABLE)
     # Contributions of neighbouring blocks meet in one token: accumulate them in the compute dtype.
     grad_q = torch.empty_like(q)
     grad_k, grad_v, grad_far_k, grad_far_v = (torch.zeros_like(x, dtype=work.dtype) for x in (k, v, far_k, far_v))
     grad_bias = torch.zeros_like(far_bias)
     weighting = (work.rows, work.columns)
     keys, values, logits, inner, capped, result = work.buffers(
-        (work.columns, work.dim), (work.columns, v.shape[-1]), weighting, weighting, weighting if softcap else (0,), q.shape[1:]
+        (work.columns, work.dim), (work.columns, v.shape[-1]), weighting, weighting, weighting if work.softcap else (0,), q.shape[1:]
     )
     with torch.autocast(q.device.type, enabled=False):
         for start, stop in work.parts():
@@ -246,7 +234,7 @@ def block_attention_backward(
             queries, upper = q[start:stop].to(work.dtype), grad[start:stop].to(work.dtype)
             gathered_k = work.gather(k, far_k, start, stop, keys)
             gathered_v = work.gather(v, far_v, start, stop, values)
-            weights = work.weights(queries, gathered_k, start, stop, logits, capped if softcap else None)
+            weights = work.weights(queries, gathered_k, start, stop, logits, capped if work.softcap else None)
             slope = torch.bmm(upper, gathered_v.transpose(1, 2), out=inner[:size])
             factors = work.dropout(start, stop)
             if factors is not None:
@@ -260,52 +248,30 @@ def block_attention_backward(
             if work.columns > work.near:
                 by_head = slope[..., work.near :].unflatten(1, (-1, work.block_size)).sum(2)
                 grad_bias[start:stop] = by_head if far_bias.shape[1] > 1 else by_head.sum(1, keepdim=True)
-            if softcap is not None:
+            if work.softcap is not None:
                 slope.mul_(1 - capped[:size].square())
             out = result[:size]
-            grad_q[start:stop] = torch.baddbmm(out, slope, gathered_k, beta=0, alpha=scale, out=out)
-            torch.baddbmm(gathered_k, slope.transpose(1, 2), queries, beta=0, alpha=scale, out=gathered_k)
+            grad_q[start:stop] = torch.baddbmm(out, slope, gathered_k, beta=0, alpha=work.scale, out=out)
+            torch.baddbmm(gathered_k, slope.transpose(1, 2), queries, beta=0, alpha=work.scale, out=gathered_k)
             work.scatter(gathered_k, start, stop, grad_k, grad_far_k)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_far_k.to(far_k.dtype), grad_far_v.to(far_v.dtype), grad_bias
 
 
-def block_weights(*arguments) -> torch.Tensor:
-    """Attention weights ``(blocks, rows, columns)`` of ``block_attention``'s arguments, without dropout."""
-    work = BlockWork(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+def _empty(given: Blocks) -> torch.Tensor:
+    return given.q.new_empty(*given.q.shape[:2], given.v.shape[-1])
+
+
+# ``(Blocks) -> (blocks, repeats * block_size, value_dim)``: attention of each block of queries to its neighbouring blocks and to the
+# summaries that are listed for it, in one softmax.
+block_attention = define(_NAMESPACE + "::block_attention", Blocks, _forward, _backward, _empty, _DIFFERENTIABLE)
+
+
+def block_weights(given: Blocks) -> torch.Tensor:
+    """Attention weights ``(blocks, rows, columns)`` of :func:`block_attention`, without dropout and gradient."""
+    work = BlockWork(Blocks(*(x.detach() if isinstance(x, torch.Tensor) else x for x in given)))
     out = work.q.new_empty(work.blocks, work.rows, work.columns, dtype=work.dtype)
     (keys,) = work.buffers((work.columns, work.dim))
     for start, stop in work.parts():
         gathered = work.gather(work.k, work.far_k, start, stop, keys)
         work.weights(work.q[start:stop].to(work.dtype), gathered, start, stop, out[start:stop])
     return out
-
-
-@block_attention.register_fake
-def _(q, k, v, *_):
-    return q.new_empty(*q.shape[:2], v.shape[-1])
-
-
-@block_attention_backward.register_fake
-def _(grad, q, k, v, far_k, far_v, far_index, far_bias, *_):
-    return tuple(torch.empty_like(x) for x in (q, k, v, far_k, far_v, far_bias))
-
-
-def save_inputs(ctx, inputs, output) -> None:
-    """Keeps an operator's arguments, some of them tensors, for its backward pass, which takes the same."""
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
-    ctx.plain = [None if isinstance(x, torch.Tensor) else (x,) for x in inputs]
-
-
-def saved_inputs(ctx) -> list:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if x is None else x[0] for x in ctx.plain]
-
-
-def _backward(ctx, grad):
-    inputs = saved_inputs(ctx)
-    *grads, grad_bias = block_attention_backward(grad.contiguous(), *inputs)
-    # far_index, between them, and everything after the bias have no gradient.
-    return *grads, None, grad_bias, *[None] * (len(inputs) - 7)
-
-
-block_attention.register_autograd(_backward, setup_context=save_inputs)

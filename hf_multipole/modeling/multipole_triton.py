@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from .multipole_kernels import add_parts, backward_keys, backward_queries, backward_summaries, forward
+from .operators import define
 from .triton_common import launch, tile_size, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
@@ -35,25 +37,50 @@ def _strides(**tensors: torch.Tensor) -> dict[str, int]:
     return {f"{name}_{letter}": stride for name, x in tensors.items() for letter, stride in zip("bhn", x.stride())}
 
 
-def _arguments(
-    q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, begins, counts, block_size, rank, first_block, causal,
-    size_weighting, scale, softcap,
-) -> dict:  # fmt: skip
+class KernelBlocks(NamedTuple):
+    """Arguments of the operator :func:`attention`."""
+
+    q: torch.Tensor  # (batch, heads, slots, dim), whole blocks
+    k: torch.Tensor  # (batch, kv_heads, slots, dim)
+    v: torch.Tensor  # (batch, kv_heads, slots, value_dim)
+    far_k: torch.Tensor  # float32 (batch, kv_heads, summaries, dim), level after level
+    far_v: torch.Tensor
+    log_counts: torch.Tensor | None  # float32 (batch or 1, kv_heads or 1, summaries): added to their logits, -inf where they stand for no
+    # token; None where all groups are full, and size_weighting decides
+    far_bias: torch.Tensor | None  # float32 (heads, levels)
+    document: torch.Tensor | None  # (batch or 1, slots)
+    first: torch.Tensor | None  # (batch, blocks), as in an Alignment
+    last: torch.Tensor | None
+    begins: Sequence[int]  # of each level, the first group that far_k holds
+    counts: Sequence[int]  # and how many from there on
+    first_block: int  # number of the first block in its row
+    block_size: int
+    rank: int
+    causal: bool
+    size_weighting: bool
+    scale: float
+    softcap: float | None
+
+
+def _arguments(given: KernelBlocks) -> dict:
     """What the kernels on queries and keys are called with, but for what is their own."""
+    tensors = given.q, given.k, given.v, given.log_counts, given.document
+    q, k, v, log_counts, document = (x if x is None else _dense(x) for x in tensors)
+    far_k, far_v = given.far_k.contiguous(), given.far_v.contiguous()
+    far_bias, counts, block_size, rank = given.far_bias, given.counts, given.block_size, given.rank
     batch, heads, slots, dim = q.shape
     kv_heads, summaries, value_dim = k.shape[1], far_k.shape[2], v.shape[-1]
-    q, k, v, far_k, far_v = _dense(q), _dense(k), _dense(v), far_k.contiguous(), far_v.contiguous()
-    log_counts, document = (x if x is None else _dense(x) for x in (log_counts, document))
     counts_b, counts_h = (0, 0) if log_counts is None else log_counts.expand(batch, kv_heads, -1).stride()[:2]
     return dict(
         q_=q, k_=k, v_=v, far_k_=far_k, far_v_=far_v, **_strides(q=q, k=k, v=v),
         counts_=log_counts, counts_b=counts_b, counts_h=counts_h,
         far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
-        document_=document, document_b=0 if document is None else document.expand(batch, -1).stride(0), first_=first, last_=last,
-        table=_table((tuple(begins), tuple(counts), _before(counts)), q.device), levels=len(counts), summaries=summaries,
+        document_=document, document_b=0 if document is None else document.expand(batch, -1).stride(0),
+        first_=given.first, last_=given.last,
+        table=_table((tuple(given.begins), tuple(counts), _before(counts)), q.device), levels=len(counts), summaries=summaries,
         rows=batch * kv_heads, heads=heads, kv_heads=kv_heads, repeats=heads // kv_heads,
-        blocks=slots // block_size, block_size=block_size, begin=first_block, RANK=rank, CAUSAL=causal,
-        size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap,
+        blocks=slots // block_size, block_size=block_size, begin=given.first_block, RANK=rank, CAUSAL=given.causal,
+        size=math.log2(block_size / rank) if given.size_weighting else None, scale=given.scale, softcap=given.softcap,
         DIM=dim, WIDTH=value_dim, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(value_dim),
     )  # fmt: skip
 
@@ -78,48 +105,19 @@ def _over_blocks(arguments: dict, block: int, rows: int) -> tuple[int, dict]:
     return rows * arguments["blocks"] * tiles, arguments | {"tiles": tiles}
 
 
-def _outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(given: KernelBlocks) -> tuple[torch.Tensor, torch.Tensor]:
     """The heads of a token side by side, as the projection that follows takes them without a copy."""
-    batch, heads, slots, _ = q.shape
-    return q.new_empty(batch, slots, heads, v.shape[-1]).transpose(1, 2), q.new_empty(batch, heads, slots, dtype=torch.float32)
+    q, (batch, heads, slots, _) = given.q, given.q.shape
+    return q.new_empty(batch, slots, heads, given.v.shape[-1]).transpose(1, 2), q.new_empty(batch, heads, slots, dtype=torch.float32)
 
 
-@torch.library.custom_op(_NAMESPACE + "::attention", mutates_args=())
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    far_k: torch.Tensor,
-    far_v: torch.Tensor,
-    log_counts: torch.Tensor | None,
-    far_bias: torch.Tensor | None,
-    document: torch.Tensor | None,
-    first: torch.Tensor | None,
-    last: torch.Tensor | None,
-    begins: Sequence[int],
-    counts: Sequence[int],
-    block_size: int,
-    rank: int,
-    first_block: int,
-    causal: bool,
-    size_weighting: bool,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of whole blocks of queries to their neighbouring blocks and to the summaries that the hierarchy lists.
+# What gradients are for.
+_DIFFERENTIABLE = ("q", "k", "v", "far_k", "far_v", "log_counts", "far_bias")
 
-    q: ``(batch, heads, slots, dim)``; k, v: ``(batch, kv_heads, slots, dim)``; the first of their blocks is block ``first_block``
-    of the row. far_k, far_v: float32 ``(batch, kv_heads, summaries, dim)``, of each level ``counts`` groups from ``begins`` on, one
-    after another. log_counts: float32 ``(batch or 1, kv_heads or 1, summaries)``, added to their logits, -inf where a summary stands
-    for no token; None where all groups are full, and ``size_weighting`` decides. far_bias: float32 ``(heads, levels)``. document:
-    ``(batch or 1, slots)``; first, last: ``(batch, blocks)``, as in an Alignment. Returns the output ``(batch, heads, slots,
-    value_dim)`` and, of each query, the logarithm to base 2 of the sum that normalises it.
-    """
-    arguments = _arguments(
-        q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, begins, counts, block_size, rank, first_block, causal,
-        size_weighting, scale, softcap,
-    )  # fmt: skip
-    out, lse = _outputs(q, v)
+
+def _forward(given: KernelBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments, q = _arguments(given), given.q
+    out, lse = _outputs(given)
     tiles, warps = _tiles(arguments)
     arguments |= dict(out_=out, lse_=lse, **_strides(out=out), **tiles)
     launch(forward, q.device, *_over_blocks(arguments, tiles["BLOCK_M"], q.shape[0] * q.shape[1]), num_warps=warps)
@@ -133,39 +131,12 @@ def _gradients(q, k, v, far_k, far_v) -> list[torch.Tensor]:
     return of_tokens + [torch.empty_like(x, memory_format=contiguous) for x in (far_k, far_v)]
 
 
-@torch.library.custom_op(_NAMESPACE + "::attention_backward", mutates_args=())
-def attention_backward(
-    grad: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    far_k: torch.Tensor,
-    far_v: torch.Tensor,
-    log_counts: torch.Tensor | None,
-    far_bias: torch.Tensor | None,
-    document: torch.Tensor | None,
-    first: torch.Tensor | None,
-    last: torch.Tensor | None,
-    begins: Sequence[int],
-    counts: Sequence[int],
-    block_size: int,
-    rank: int,
-    first_block: int,
-    causal: bool,
-    size_weighting: bool,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the first seven arguments of ``attention``; empty where there is no tensor."""
-    arguments = _arguments(
-        q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, begins, counts, block_size, rank, first_block, causal,
-        size_weighting, scale, softcap,
-    )  # fmt: skip
+def _backward(given: KernelBlocks, grads, outputs) -> tuple[torch.Tensor, ...]:
+    (grad, grad_lse), (out, lse), arguments = grads, outputs, _arguments(given)
+    q, k, v, far_k, far_v, log_counts, far_bias = (getattr(given, name) for name in _DIFFERENTIABLE)
+    counts, block_size, rank, causal, first_block = given.counts, given.block_size, given.rank, given.causal, given.first_block
     rows, repeats, levels, device = arguments["rows"], arguments["repeats"], len(counts), q.device
-    grad = _dense(grad)
+    grad = torch.zeros_like(out) if grad is None else _dense(grad)
     grads = _gradients(q, k, v, far_k, far_v)
     delta = torch.empty_like(lse)
     tiles, warps = _tiles(arguments)
@@ -218,30 +189,6 @@ def attention_backward(
     return *grads, grad_counts, grad_bias
 
 
-@attention.register_fake
-def _(q, k, v, *_):
-    return _outputs(q, v)
-
-
-@attention_backward.register_fake
-def _(grad, grad_lse, out, lse, q, k, v, far_k, far_v, log_counts, far_bias, *_):
-    return *_gradients(q, k, v, far_k, far_v), *(
-        q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias)
-    )
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:10])
-    ctx.plain = inputs[10:]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors
-    grad = torch.zeros_like(out) if grad is None else grad
-    grads = attention_backward(grad, grad_lse, out, lse, *tensors, *ctx.plain)
-    grads = [None if x is None else grad for x, grad in zip(tensors, grads)]
-    return *grads, *[None] * (3 + len(ctx.plain))
-
-
-attention.register_autograd(_backward, setup_context=_save)
+# ``(KernelBlocks) -> (batch, heads, slots, value_dim)`` and, of each query, the logarithm to base 2 of the sum that normalises it:
+# attention of whole blocks of queries to their neighbouring blocks and to the summaries that the hierarchy lists.
+attention = define(_NAMESPACE + "::attention", KernelBlocks, _forward, _backward, _outputs, _DIFFERENTIABLE, outputs=2)

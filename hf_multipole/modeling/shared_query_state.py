@@ -109,7 +109,7 @@ class LinearState(MultipoleState):
             merged, known = new, begin
         around = (known - grid.start, grid.stop - known - merged.shape[2])
         mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
-        return attend_segments(*padded, mean, total, None, m, True, call.scale, call.softcap, kernels=call.kernels)
+        return attend_segments(*padded, mean, total, None, m, self._operator_call(call), call.kernels)
 
     def _begin_segments(self, q, past: list[int], call, bias: torch.Tensor | None = None) -> None:
         """Far results of the segments, of whichever level and row, whose first token this is; bias: as from ``_step_bias``."""

@@ -6,12 +6,16 @@ level to the finest, each segment being half of one of the next level. What arri
 their tokens as one column more beside the near field: its logit is the log-sum-exp, its value the mean.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from .hierarchy import Alignment
-from .multipole_torch import BlockWork, save_inputs, saved_inputs
-from .summaries import compute_dtype
+from .multipole_rows import Call, Rows
+from .multipole_torch import Blocks, BlockWork
+from .operators import define
+from .summaries import Field, compute_dtype
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
@@ -101,24 +105,21 @@ class _Parents:
         return torch.cat([(own == 0) & (child == 1) if shift > 0 else (own == 1) & (child == 0) for shift, _ in self.beside], 1)
 
 
-def far_results(
-    queries, keys, values, counts, alignment, block_size, rank, causal, size_weighting, far_bias, scale, softcap, dropout_p
-) -> tuple[torch.Tensor, torch.Tensor]:
+def far_results(queries: list[torch.Tensor], field: Field, rows: Rows, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The far field of the segments of level 1: means ``(batch, heads, segments, value_dim)`` and log-sum-exps, ``(batch, heads,
-    segments)``.
-
-    queries: ``(batch, heads, segments, dim)`` a level; keys, values: ``(batch, kv_heads, groups, rank, dim)`` a level; counts: tokens
-    of each summary, ``(batch, kv_heads or 1, groups, rank)`` a level, or None where all groups are full.
+    segments)``. queries: ``(batch, heads, segments, dim)`` a level.
     """
+    keys, rank, far_bias = field.keys, rows.rank, call.far_bias
     (batch, kv_heads), heads = keys[0].shape[:2], queries[0].shape[1]
     repeats = heads // kv_heads
-    parents = _Parents([x.shape[2] for x in keys], block_size, alignment, causal, keys[0].device)
+    parents = _Parents([x.shape[2] for x in keys], rows.block_size, rows.alignment, rows.causal, keys[0].device)
+    counts = field.counts
     if counts is None:
-        counts = [x.new_full((batch, 1, *x.shape[2:4]), (block_size << level) / rank) for level, x in enumerate(keys)]
-    k, v, counts = (parents.windows(parents.pairs([level.flatten(2, 3) for level in x], rank)) for x in (keys, values, counts))
+        counts = [x.new_full((batch, 1, *x.shape[2:4]), (rows.block_size << level) / rank) for level, x in enumerate(keys)]
+    k, v, counts = (parents.windows(parents.pairs([level.flatten(2, 3) for level in x], rank)) for x in (keys, field.values, counts))
 
     # (batch or 1, kv_heads or 1, pairs, repeats or 1, 2 * rank or 1, columns)
-    bias = torch.where(counts > 0, counts, 1).log() if size_weighting else torch.zeros_like(counts)
+    bias = torch.where(counts > 0, counts, 1).log() if call.options.size_weighting else torch.zeros_like(counts)
     bias = torch.where(counts > 0, bias, HIDDEN)[:, :, :, None, None]
     if far_bias is not None:
         learned = far_bias.to(bias.dtype)[:, parents.level.clamp(max=far_bias.shape[1] - 1)]
@@ -129,7 +130,7 @@ def far_results(
     # The query heads of one key head are its queries.
     q = parents.pairs(queries, rank).unflatten(1, (kv_heads, repeats)).transpose(2, 3).flatten(3, 4)
     with torch.autocast(q.device.type, enabled=False):
-        mean, total = partial_softmax(q, k, v, bias, scale, softcap, dropout_p)
+        mean, total = partial_softmax(q, k, v, bias, call.scale, call.softcap, call.dropout_p)
         mean, total = (x.unflatten(3, (repeats, -1)).transpose(2, 3).flatten(1, 2) for x in (mean, total))
         *finer, merged = zip(*(x.flatten(2, 3).split([2 * rank * count for count in parents.counts], 2) for x in (mean, total)))
         for fine in reversed(finer):
@@ -142,14 +143,33 @@ def far_results(
 _MORE = 16
 
 
+class Segments(NamedTuple):
+    """Arguments of the operator :func:`segment_attention`: those of the near field as in Blocks, and the far field of the segments that
+    the rows of a block are cut into.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    far_mean: torch.Tensor  # (blocks, segments of a block's rows, value_dim), in the compute dtype
+    far_total: torch.Tensor  # (blocks, segments): log-sum-exp of the far logits
+    document: torch.Tensor | None
+    causal: bool
+    row_blocks: int
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    seed: torch.Tensor | None
+
+
 class _SegmentWork(BlockWork):
     """As its base, with the far field of each segment as one column more behind the near ones."""
 
-    def __init__(self, q, k, v, far_mean, far_total, document, causal, row_blocks, scale, softcap, dropout_p, seed):
-        none, no_columns = far_mean.new_zeros(0, 1), far_total.new_zeros(len(far_total), 0)
-        k, v = k.contiguous(), v.contiguous()
-        super().__init__(q, k, v, none, none, no_columns.long(), None, document, causal, row_blocks, scale, softcap, dropout_p, seed)
-        self.far_mean, self.far_total = far_mean, far_total
+    def __init__(self, given: Segments):
+        none, no_columns = given.far_mean.new_zeros(0, 1), given.far_total.new_zeros(len(given.far_total), 0)
+        own = given._asdict() | {"k": given.k.contiguous(), "v": given.v.contiguous()}
+        self.far_mean, self.far_total = own.pop("far_mean"), own.pop("far_total")
+        super().__init__(Blocks(far_k=none, far_v=none, far_index=no_columns.long(), far_bias=no_columns, **own))
         self.all = self.near + _MORE
 
     def window(self, x, start, stop) -> torch.Tensor:
@@ -177,27 +197,12 @@ class _SegmentWork(BlockWork):
         return torch.softmax(logits, -1, out=logits)
 
 
-@torch.library.custom_op(_NAMESPACE + "::segment_attention", mutates_args=())
-def segment_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    far_mean: torch.Tensor,
-    far_total: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    row_blocks: int,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention of each block of queries to its neighbouring blocks and to the far field of its segments, in one softmax.
+# What gradients are for.
+_DIFFERENTIABLE = ("q", "k", "v", "far_mean", "far_total")
 
-    q: ``(blocks, repeats * block_size, dim)``; far_mean: ``(blocks, repeats * rank, value_dim)`` and far_total: ``(blocks, repeats *
-    rank)``, of the segments that the rows of a block are cut into. All else as in ``block_attention``.
-    """
-    work = _SegmentWork(q, k, v, far_mean, far_total, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+
+def _forward(given: Segments) -> torch.Tensor:
+    work, q, v, far_mean = _SegmentWork(given), given.q, given.v, given.far_mean
     out = q.new_empty(work.blocks, work.rows, v.shape[-1])
     logits, result = work.buffers((work.rows, work.all), out.shape[1:])
     with torch.autocast(q.device.type, enabled=False):
@@ -215,36 +220,22 @@ def segment_attention(
     return out
 
 
-@torch.library.custom_op(_NAMESPACE + "::segment_attention_backward", mutates_args=())
-def segment_attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    far_mean: torch.Tensor,
-    far_total: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    row_blocks: int,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    work = _SegmentWork(q, k, v, far_mean, far_total, document, causal, row_blocks, scale, softcap, dropout_p, seed)
+def _backward(given: Segments, grads, _) -> tuple[torch.Tensor, ...]:
+    work, (grad,) = _SegmentWork(given), grads
+    q, k, v, far_mean, far_total = (getattr(given, name) for name in _DIFFERENTIABLE)
     grad_q, grad_mean, grad_total = (torch.empty_like(x) for x in (q, far_mean, far_total))
     # Contributions of neighbouring blocks meet in one token: accumulate them in the compute dtype.
     grad_k, grad_v = (torch.zeros_like(x, dtype=work.dtype, memory_format=torch.contiguous_format) for x in (k, v))
     weighting = (work.rows, work.all)
     logits, inner, capped, result, of_values = work.buffers(
-        weighting, weighting, weighting if softcap else (0,), q.shape[1:], grad.shape[1:]
+        weighting, weighting, weighting if work.softcap else (0,), q.shape[1:], grad.shape[1:]
     )
     with torch.autocast(q.device.type, enabled=False):
         for start, stop in work.parts():
             size = stop - start
             queries, upper = q[start:stop].to(work.dtype), grad[start:stop].to(work.dtype)
             keys, values = work.window(work.k, start, stop), work.window(work.v, start, stop)
-            weights = work.weights(queries, keys, start, stop, logits, capped if softcap else None)
+            weights = work.weights(queries, keys, start, stop, logits, capped if work.softcap else None)
             far, by_segment = work.by_segment(weights[..., work.near, None]), work.by_segment(upper)
             slope = torch.bmm(upper, values.transpose(1, 2), out=inner[:size])
             slope[..., work.near + 1 :] = 0
@@ -264,28 +255,19 @@ def segment_attention_backward(
             # The softmax's gradient: weights * (slope - sum(weights * slope)).
             torch.ops.aten._softmax_backward_data.out(slope, weights, -1, work.dtype, grad_input=slope)
             grad_total[start:stop] = work.by_segment(slope[..., work.near]).sum(-1)
-            if softcap is not None:
+            if work.softcap is not None:
                 slope.mul_(1 - capped[:size].square())
             slope, out = slope[..., : work.near], result[:size]
-            grad_q[start:stop] = torch.baddbmm(out, slope, keys[:, : work.near], beta=0, alpha=scale, out=out)
+            grad_q[start:stop] = torch.baddbmm(out, slope, keys[:, : work.near], beta=0, alpha=work.scale, out=out)
             for columns, own, others in work.neighbours(start, stop):
-                grad_k[others].baddbmm_(slope[own, :, columns].transpose(1, 2), queries[own], alpha=scale)
+                grad_k[others].baddbmm_(slope[own, :, columns].transpose(1, 2), queries[own], alpha=work.scale)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_mean, grad_total
 
 
-@segment_attention.register_fake
-def _(q, k, v, *_):
-    return q.new_empty(*q.shape[:2], v.shape[-1])
+def _empty(given: Segments) -> torch.Tensor:
+    return given.q.new_empty(*given.q.shape[:2], given.v.shape[-1])
 
 
-@segment_attention_backward.register_fake
-def _(grad, q, k, v, far_mean, far_total, *_):
-    return tuple(torch.empty_like(x) for x in (q, k, v, far_mean, far_total))
-
-
-def _backward(ctx, grad):
-    inputs = saved_inputs(ctx)
-    return *segment_attention_backward(grad.contiguous(), *inputs), *[None] * (len(inputs) - 5)
-
-
-segment_attention.register_autograd(_backward, setup_context=save_inputs)
+# ``(Segments) -> (blocks, repeats * block_size, value_dim)``: attention of each block of queries to its neighbouring blocks and to the far
+# field of its segments, in one softmax.
+segment_attention = define(_NAMESPACE + "::segment_attention", Segments, _forward, _backward, _empty, _DIFFERENTIABLE)

@@ -157,6 +157,18 @@ def _mean_weight(rank: int, width: int, **like) -> torch.Tensor:
     return (segment == torch.arange(rank, device=like.get("device"))[:, None]).to(**like) * (rank / width)
 
 
+class Field(NamedTuple):
+    """The summaries of the keys and values of rows."""
+
+    keys: list[torch.Tensor]  # (batch, kv_heads, groups, rank, dim) a level
+    values: list[torch.Tensor]
+    counts: list[torch.Tensor] | None  # tokens that each stands for, (batch, kv_heads or 1, groups, rank) a level; None: all groups full
+
+    def side_by_side(self) -> list[torch.Tensor | None]:
+        """Keys, values and counts of all levels: ``(batch, heads, summaries, ...)``."""
+        return [None if levels is None else torch.cat([x.flatten(2, 3) for x in levels], 2) for levels in self]
+
+
 class Past(NamedTuple):
     """What came before the tokens, when a row is summarised piece by piece."""
 

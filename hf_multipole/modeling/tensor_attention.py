@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from .backends import takes_kernels
+from .checks import check_logits, check_tensors
 from .hierarchy import check_rows
-from .multipole_attention import _check_arguments as check_attention
 from .polynomial_attention import MAX_DEGREE, TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
 from .summaries import compute_dtype
 from .tensor_torch import stretches, tensor_tiles
@@ -220,7 +220,8 @@ def _check_tensors(q, keys, values, attention_mask, segment_ids, scale, dropout_
             if not x.is_floating_point():
                 raise TypeError(f"{name}[{i}] has dtype {x.dtype}, but attention needs a floating-point dtype")
     # The first index stands for all.
-    check_attention(q, keys[0], values[0], None, attention_mask, segment_ids, None, None, scale, dropout_p)
+    check_tensors(q, keys[0], values[0], None, attention_mask, segment_ids)
+    check_logits(scale, None, dropout_p)
 
 
 def check_options(

@@ -33,7 +33,7 @@ import hf_multipole  # noqa: F401 (registers the multipole models)
 from hf_multipole.integration.measurement import replaced_attention
 from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
 from hf_multipole.modeling.learned import FarField
-from hf_multipole.modeling.multipole_attention import check_sizes
+from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.training.arguments import DataArguments
 from hf_multipole.training.batches import MaskingCollator, collate
 from hf_multipole.training.checkpoints import write_json
@@ -268,7 +268,7 @@ def study(o, path: Path) -> dict:
 
 def pair(text: str) -> tuple[int, int]:
     block_size, rank = (int(x) for x in text.split("/"))
-    check_sizes(block_size, rank)
+    MultipoleOptions(block_size=block_size, rank=rank)
     return block_size, rank
 
 
