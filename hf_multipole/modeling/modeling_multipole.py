@@ -1,22 +1,13 @@
 """The multipole transformer: one block, one backbone, four heads. Causal or bidirectional by its configuration."""
 
-import copy
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    bidirectional_mask_function,
-    causal_mask_function,
-    create_bidirectional_mask,
-    create_causal_mask,
-    find_packed_sequence_indices,
-    packed_sequence_mask_function,
-)
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -26,13 +17,11 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_functions import seen
-from .attention_masks import MultipoleMask
 from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig, attention_options
-from .hierarchy import level_count
 from .learned import FarField
-from .multipole_cache import check_cache, compiled_state, keeps_state, take_number
-from .summaries import MeanSummary, compute_dtype
+from .model_inputs import layer_implementation, prepare
+from .multipole_cache import keeps_state, take_number
+from .summaries import compute_dtype
 from .tensor_layer import TensorAttention
 
 logger = logging.get_logger(__name__)
@@ -113,21 +102,6 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = nn.functional.softmax(weights, -1, dtype=compute_dtype(query.dtype)).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def layer_implementation(config: MultipoleConfig, layer_type: str, output_attentions: bool) -> str:
-    """The attention function of a layer: a full_attention layer is always exact; a multipole layer is, when asked to be; a tensor
-    layer stays one.
-    """
-    implementation = config._attn_implementation
-    if layer_type in MULTIPOLE_LAYERS and implementation in ("multipole", "multipole_linear"):
-        return "multipole" if layer_type == "multipole_attention" else "multipole_linear"
-    if layer_type == "tensor_attention":
-        return "tensor"
-    if layer_type == "full_attention" and implementation in ("multipole", "multipole_linear", "tensor"):
-        implementation = "sdpa"
-    # The same attention, but with its weights.
-    return "eager" if output_attentions and implementation == "sdpa" else implementation
 
 
 class MultipoleAttention(nn.Module):
@@ -267,96 +241,25 @@ class MultipoleModel(MultipolePreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, not both or none")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        batch, queries = inputs_embeds.shape[:2]
-        if batch == 0 or queries == 0:
-            raise ValueError(f"the input is empty: {batch} rows of {queries} tokens")
-        if past_key_values is not None and not self.config.is_causal:
-            raise ValueError(
-                "past_key_values belong to causal models: in a bidirectional one (is_causal=False) new tokens change all the others; "
-                "pass use_cache=False"
-            )
         output_attentions = kwargs.setdefault("output_attentions", self.config.output_attentions)
-
-        segment_ids = self._segments(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
-        if past_key_values is None and (self.training or segment_ids is not None or not self.config.is_causal):
-            # Nothing could be generated from here.
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        compiled = compiled_state(past_key_values)
-        if compiled is not None:
-            past = seen(compiled.number).to(inputs_embeds.device)
-        else:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        wrong = compiled is None and attention_mask is not None and attention_mask.shape != (batch, past + queries)
-        if attention_mask is not None and attention_mask.is_floating_point() and not (wrong or torch.compiler.is_compiling()):
-            # Ones in floating point, as PEFT puts them before a mask for its virtual tokens. Zeros alone may be an additive mask.
-            real = attention_mask == 1
-            if ((attention_mask == 0) | real).all() and real.any(1).all():
-                attention_mask = real
-        if wrong or (attention_mask is not None and attention_mask.is_floating_point()):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
-                f"(batch, n) = {(batch, past + queries)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
-            )
-        if position_ids is None:
-            position_ids = self._positions(inputs_embeds, attention_mask, segment_ids, past)
-        kinds = {layer_implementation(self.config, kind, output_attentions) for kind in self.config.layer_types}
-        length = None if compiled is not None else past + queries
-        masks = {
-            kind: self._mask(kind, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length)
-            for kind in {"multipole" if kind == "multipole_linear" else kind for kind in kinds}
-        }
-        if "multipole" in masks:
-            masks["multipole_linear"] = masks["multipole"]
-        if past_key_values is not None and compiled is None:
-            mask = None if output_attentions else masks.get("multipole")
-            attentions = [layer.self_attn for layer in self.layers]
-            check_cache(past_key_values, self, attentions, mask, masks.get("tensor"), attention_mask)
-        centres = None
-        if "multipole" in masks and self.config.rotate_summaries:
-            layer = next(i for i, kind in enumerate(self.config.layer_types) if kind in MULTIPOLE_LAYERS)
-            if not keeps_state(past_key_values, layer, output_attentions):
-                centres = self._centres(inputs_embeds, position_ids, masks["multipole"])
-
+        bounds = kwargs.get("cu_seq_lens_q")
+        inputs = prepare(self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, output_attentions, bounds)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        position_embeddings = self.rotary_emb(hidden_states, inputs.position_ids)
+        centres = None if inputs.centres is None else [self.rotary_emb(hidden_states, x) for x in inputs.centres]
+        # Not a slice: that makes a new list of modules, and runs whatever the process does when modules are put together.
+        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_masks=masks,
-                past_key_values=past_key_values,
+                attention_masks=inputs.masks,
+                past_key_values=inputs.past_key_values,
                 centres=centres,
                 rotary=self.rotate_at,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None)
-
-    def _segments(self, inputs_embeds, attention_mask, position_ids, past_key_values, bounds) -> torch.Tensor | None:
-        """``(batch, n)`` numbers of the documents of packed rows, or None."""
-        batch, n = inputs_embeds.shape[:2]
-        if bounds is not None:
-            if batch != 1 or past_key_values is not None:
-                raise ValueError("cu_seq_lens_q describes a batch of one packed row without a cache; use position_ids for more rows")
-            tokens = torch.arange(n, device=inputs_embeds.device)
-            return torch.searchsorted(bounds.to(tokens), tokens, right=True)[None]
-        if position_ids is None or attention_mask is not None or past_key_values is not None:
-            return None
-        return find_packed_sequence_indices(position_ids.expand(batch, -1))
-
-    def _positions(self, inputs_embeds, attention_mask, segment_ids, past) -> torch.Tensor:
-        """Positions of the tokens in their documents. Summaries of rotated keys are not a matter of distances only, since their
-        weights differ from channel to channel: counted otherwise, padding and the documents before would change the result.
-        """
-        queries = inputs_embeds.shape[1]
-        tokens = past + torch.arange(queries, device=inputs_embeds.device)[None]
-        if segment_ids is not None:
-            return tokens - torch.where(segment_ids == segment_ids.roll(1, 1), 0, tokens).cummax(1).values
-        if attention_mask is not None:
-            return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:].to(tokens.device)
-        return tokens
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=inputs.past_key_values if use_cache else None)
 
     def rotate_at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x ``(..., head_dim)`` rotated by positions, which need not be integers."""
@@ -365,58 +268,6 @@ class MultipoleModel(MultipolePreTrainedModel):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.number = take_number(self)
-
-    def _mask(self, implementation, inputs_embeds, attention_mask, segment_ids, position_ids, past_key_values, length):
-        """The mask of one attention function; Transformers' own for the exact ones."""
-        batch, queries = inputs_embeds.shape[:2]
-        causal = self.config.is_causal
-        if implementation == "multipole" and length is None:
-            return MultipoleMask(True, batch, queries, None, self.config.block_size, attention_mask, None, position_ids)
-        if implementation in ("multipole", "tensor"):
-            return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-                batch_size=batch,
-                q_length=queries,
-                kv_length=length,
-                q_offset=length - queries,
-                mask_function=causal_mask_function if causal else bidirectional_mask_function,
-                attention_mask=attention_mask,
-                segment_ids=segment_ids,
-                position_ids=position_ids,
-                config=self.config,
-            )
-        config = copy.copy(self.config)
-        config._attn_implementation_internal = implementation
-        create = create_causal_mask if causal else create_bidirectional_mask
-        packed = {} if segment_ids is None else {"and_mask_function": packed_sequence_mask_function(segment_ids)}
-        return create(config, inputs_embeds, attention_mask, past_key_values=past_key_values, **packed)
-
-    def _centres(self, inputs_embeds, position_ids, mask: MultipoleMask) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and sines at the centre of every summarised segment, ``(batch or 1, 1, groups, rank, head_dim)`` a level."""
-        config, alignment = self.config, mask.alignment
-        levels = level_count(mask.length, config.block_size)
-        positions = position_ids.float()
-        missing = mask.length - positions.shape[1]
-        if missing:
-            # Tokens of the cache: their positions go before those of the new ones, without gaps.
-            before = positions[:, :1] + torch.arange(-missing, 0, device=positions.device)
-            positions = torch.cat([before, positions], 1)
-        if alignment is not None:
-            positions = positions.expand(len(alignment.index), -1).gather(1, alignment.index)
-            validity = (alignment.document >= 0).expand(len(positions), -1)
-        else:
-            slots = -(-mask.length // config.block_size) * config.block_size
-            validity = (torch.arange(slots, device=positions.device) < mask.length).expand(len(positions), -1)
-            positions = nn.functional.pad(positions, (0, slots - mask.length))
-        means = MeanSummary(config.block_size, config.rank)
-        centres = means(positions.masked_fill(~validity, 0)[:, None, :, None], validity, levels)
-        masses = means.masses(validity, levels, 1, positions.dtype)
-        segment = torch.arange(config.rank, device=positions.device) + 0.5
-        for level, mass in enumerate(masses):
-            # A learned summary may stand for a segment of its group that has no token: then where the tokens would be.
-            width = config.block_size << level
-            there = positions[:, None, ::width, None] + segment * (width // config.rank) - 0.5
-            centres[level] = torch.where(mass > 0, centres[level], there[..., None])
-        return [self.rotary_emb(inputs_embeds, centre.squeeze(-1)) for centre in centres]
 
     def get_input_embeddings(self):
         return self.embed_tokens

@@ -188,7 +188,7 @@ def list_summaries(keys, values, columns: FarColumns, hidden: torch.Tensor, rank
 
 def attend_blocks(q, k, v, listed: Listed, document, block_size: int, call: Call) -> torch.Tensor:
     """The operator on blocks: ``(batch, heads, slots, value_dim)``. document: ``(batch or 1, 1, blocks, block_size)`` or None."""
-    return from_blocks(block_attention(_blocks(q, k, v, listed, document, block_size, call)), k.shape[:2], block_size)
+    return from_blocks(block_attention(*_blocks(q, k, v, listed, document, block_size, call)), k.shape[:2], block_size)
 
 
 def attend_segments(q, k, v, far_mean, far_total, document, block_size: int, call: Call, kernels: bool) -> torch.Tensor:
@@ -206,15 +206,13 @@ def attend_segments(q, k, v, far_mean, far_total, document, block_size: int, cal
         out, total = run_kernels(q, k, v, *none, near, call._replace(far_bias=None), document=document)
         far = (x.repeat_interleave(block_size // segments, 2) for x in (far_mean, far_total))
         return merge((out.to(far_mean.dtype), total.to(far_mean.dtype)), tuple(far))[0].to(q.dtype)
-    out = segment_attention(
-        Segments(
-            *(_to_blocks(x, kv_heads, block_size) for x in (q, k, v)),
-            _to_blocks(far_mean, kv_heads, segments),
-            _to_blocks(far_total[..., None], kv_heads, segments).squeeze(2),
-            *_on_blocks(k, document, block_size, call),
-        )
+    given = Segments(
+        *(_to_blocks(x, kv_heads, block_size) for x in (q, k, v)),
+        _to_blocks(far_mean, kv_heads, segments),
+        _to_blocks(far_total[..., None], kv_heads, segments).squeeze(2),
+        *_on_blocks(k, document, block_size, call),
     )
-    return from_blocks(out, k.shape[:2], block_size)
+    return from_blocks(segment_attention(*given), k.shape[:2], block_size)
 
 
 def run_kernels(q, k, v, far_k, far_v, listing: Listing, call: Call, log_counts=None, document=None, stretch=(None, None)):
@@ -227,7 +225,7 @@ def run_kernels(q, k, v, far_k, far_v, listing: Listing, call: Call, log_counts=
 
     far_bias = None if call.far_bias is None else call.far_bias.to(far_k.dtype)
     settings = call.causal, call.options.size_weighting, call.scale, call.softcap
-    out, binary = attention(KernelBlocks(q, k, v, far_k, far_v, log_counts, far_bias, document, *stretch, *listing, *settings))
+    out, binary = attention(*KernelBlocks(q, k, v, far_k, far_v, log_counts, far_bias, document, *stretch, *listing, *settings))
     return out, binary * math.log(2)
 
 

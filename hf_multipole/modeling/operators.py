@@ -21,7 +21,7 @@ _TYPES = {
 def define(
     name: str, arguments: type, run: Callable, run_backward: Callable, fake: Callable, differentiable: Sequence[str], outputs: int = 1
 ) -> Callable:
-    """Defines an operator and its backward pass. The function that is returned takes one named tuple ``arguments``.
+    """Defines an operator and its backward pass; it is called with the fields of a named tuple ``arguments``: ``operator(*given)``.
 
     name: ``namespace::name``, the namespace of this copy of the file: to define an operator again, when the code of a checkpoint is
     loaded too, breaks the first one. run: ``(arguments) -> tensor``, or a tuple of as many as ``outputs``. fake: the same, empty.
@@ -70,4 +70,4 @@ def define(
         return tuple(found[name] if name in found and x is not None else None for name, x in given._asdict().items())
 
     forward.register_autograd(gradients, setup_context=save)
-    return lambda given: forward(*given)
+    return forward

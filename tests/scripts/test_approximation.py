@@ -13,6 +13,8 @@ from hf_multipole.integration.measurement import replaced_attention
 from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
 from hf_multipole.modeling.hierarchy import level_count
 from hf_multipole.modeling.multipole_attention import aligned_attention
+from hf_multipole.modeling.multipole_rows import Call
+from hf_multipole.modeling.options import MultipoleOptions
 from scripts.studies import approximation, approximation_report
 from scripts.studies import approximation_baselines as baselines
 from tests.helpers.stock_models import GROUPED
@@ -45,7 +47,9 @@ def test_costs_of_multipole_attention(n, causal):
     """As many columns as have a weight, which none of random queries and keys is without, and what the summaries take."""
     for block_size, rank in ((8, 1), (8, 2), (8, 8), (16, 4)):
         q, k, v = tokens(n)
-        _, weights = aligned_attention(q, k, v, None, block_size=block_size, rank=rank, causal=causal, return_weights=True)
+        _, weights = aligned_attention(
+            q, k, v, None, Call(MultipoleOptions(block_size=block_size, rank=rank), causal=causal), return_weights=True
+        )
         counted = (weights > 0).sum().item() / (4 * n)
         summaries, width = 0, block_size
         while n > 4 * width:

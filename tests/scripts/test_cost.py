@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_multipole import multipole_attention
 from hf_multipole.modeling.hierarchy import far_columns, group_count, level_count, near_offsets
 from hf_multipole.modeling.multipole_attention import aligned_attention
+from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
+from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.shared_query_state import LinearState
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from scripts.benchmarks import cost_model
@@ -52,8 +54,7 @@ def test_pairs_are_those_of_the_lists(sizes, causal):
 def test_pairs_are_the_weights_that_are_not_zero(causal):
     n, m, rank, heads = 208 if causal else 256, 8, 2, 2  # bidirectional, summaries of nothing are hidden, too
     q, k, v = (torch.randn(1, heads, n, 4) for _ in range(3))
-    options = {"key_summary": None, "value_summary": None, "size_weighting": True, "far_bias": None, "return_weights": True}
-    _, weights = aligned_attention(q, k, v, None, block_size=m, rank=rank, causal=causal, **options)
+    _, weights = aligned_attention(q, k, v, None, Call(MultipoleOptions(block_size=m, rank=rank), causal=causal), return_weights=True)
     triangles = n // m * m * (m - 1) // 2 if causal else 0  # of a block, counted whole
     seen = cost_model.pairs("multipole", Layer(n, block_size=m, rank=rank), causal) - triangles
     assert (weights > 0).sum().item() == heads * seen

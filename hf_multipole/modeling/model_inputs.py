@@ -1,0 +1,200 @@
+"""One forward of a multipole model: what it is given, checked, with the positions, documents and masks that its layers need."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    create_bidirectional_mask,
+    create_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
+
+from .attention_functions import seen
+from .attention_masks import MultipoleMask
+from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
+from .hierarchy import level_count
+from .multipole_cache import check_cache, compiled_state, keeps_state
+from .summaries import MeanSummary
+
+
+class ModelInputs(NamedTuple):
+    """What the layers of a model share in one forward."""
+
+    position_ids: torch.Tensor  # (batch or 1, queries)
+    masks: dict[str, object]  # by the attention function that takes them
+    past_key_values: Cache | None
+    centres: list[torch.Tensor] | None  # positions of summaries that are rotated, as from summary_positions
+
+
+def prepare(model, embeddings, attention_mask, position_ids, past_key_values, use_cache, output_attentions, bounds) -> ModelInputs:
+    """The inputs of a forward of ``model``, a :class:`MultipoleModel`, which explains them; bounds: its ``cu_seq_lens_q``.
+
+    Raises ValueError for what contradicts itself, the model or the cache, before any layer has run.
+    """
+    config, (batch, queries) = model.config, embeddings.shape[:2]
+    if batch == 0 or queries == 0:
+        raise ValueError(f"the input is empty: {batch} rows of {queries} tokens")
+    if past_key_values is not None and not config.is_causal:
+        raise ValueError(
+            "past_key_values belong to causal models: in a bidirectional one (is_causal=False) new tokens change all the others; "
+            "pass use_cache=False"
+        )
+    segment_ids = _segments(embeddings, attention_mask, position_ids, past_key_values, bounds)
+    # Nothing could be generated from rows of training, packed ones, or both sides.
+    if use_cache and past_key_values is None and not model.training and segment_ids is None and config.is_causal:
+        past_key_values = DynamicCache(config=config)
+    compiled = compiled_state(past_key_values)
+    if compiled is not None:
+        past, length = seen(compiled.number).to(embeddings.device), None
+    else:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = past + queries
+    attention_mask = _padding(attention_mask, batch, length)
+    if position_ids is None:
+        position_ids = _positions(embeddings, attention_mask, segment_ids, past)
+    kinds = {layer_implementation(config, kind, output_attentions) for kind in config.layer_types}
+    tokens = _Tokens(embeddings, attention_mask, segment_ids, position_ids, past_key_values, length)
+    masks = {kind: _mask(config, kind, tokens) for kind in {"multipole" if kind == "multipole_linear" else kind for kind in kinds}}
+    if "multipole" in masks:
+        masks["multipole_linear"] = masks["multipole"]
+    if past_key_values is not None and compiled is None:
+        mask = None if output_attentions else masks.get("multipole")
+        attentions = [layer.self_attn for layer in model.layers]
+        check_cache(past_key_values, model, attentions, mask, masks.get("tensor"), attention_mask)
+    centres = None
+    if "multipole" in masks and config.rotate_summaries:
+        layer = next(i for i, kind in enumerate(config.layer_types) if kind in MULTIPOLE_LAYERS)
+        if not keeps_state(past_key_values, layer, output_attentions):
+            centres = summary_positions(config, position_ids, masks["multipole"])
+    return ModelInputs(position_ids, masks, past_key_values, centres)
+
+
+def layer_implementation(config: MultipoleConfig, layer_type: str, output_attentions: bool) -> str:
+    """The attention function of a layer: a full_attention layer is always exact; a multipole layer is, when asked to be; a tensor
+    layer stays one.
+    """
+    implementation = config._attn_implementation
+    if layer_type in MULTIPOLE_LAYERS and implementation in ("multipole", "multipole_linear"):
+        return "multipole" if layer_type == "multipole_attention" else "multipole_linear"
+    if layer_type == "tensor_attention":
+        return "tensor"
+    if layer_type == "full_attention" and implementation in ("multipole", "multipole_linear", "tensor"):
+        implementation = "sdpa"
+    # The same attention, but with its weights.
+    return "eager" if output_attentions and implementation == "sdpa" else implementation
+
+
+def _segments(embeddings, attention_mask, position_ids, past_key_values, bounds) -> torch.Tensor | None:
+    """``(batch, n)`` numbers of the documents of packed rows, or None."""
+    batch, n = embeddings.shape[:2]
+    if bounds is not None:
+        if batch != 1 or past_key_values is not None:
+            raise ValueError("cu_seq_lens_q describes a batch of one packed row without a cache; use position_ids for more rows")
+        tokens = torch.arange(n, device=embeddings.device)
+        return torch.searchsorted(bounds.to(tokens), tokens, right=True)[None]
+    if position_ids is None or attention_mask is not None or past_key_values is not None:
+        return None
+    return find_packed_sequence_indices(position_ids.expand(batch, -1))
+
+
+def _padding(attention_mask: torch.Tensor | None, batch: int, length: int | None) -> torch.Tensor | None:
+    """The mask ``(batch, n)`` of padding; length: n, or None where a compiled step does not know it."""
+    if attention_mask is None:
+        return None
+    wrong = length is not None and attention_mask.shape != (batch, length)
+    if attention_mask.is_floating_point() and not (wrong or torch.compiler.is_compiling()):
+        # Ones in floating point, as PEFT puts them before a mask for its virtual tokens. Zeros alone may be an additive mask.
+        real = attention_mask == 1
+        if ((attention_mask == 0) | real).all() and real.any(1).all():
+            return real
+    if wrong or attention_mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
+            f"(batch, n) = {(batch, length)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
+        )
+    return attention_mask
+
+
+def _positions(embeddings, attention_mask, segment_ids, past) -> torch.Tensor:
+    """Positions of the tokens in their documents. Summaries of rotated keys are not a matter of distances only, since their
+    weights differ from channel to channel: counted otherwise, padding and the documents before would change the result.
+    """
+    queries = embeddings.shape[1]
+    tokens = past + torch.arange(queries, device=embeddings.device)[None]
+    if segment_ids is not None:
+        return tokens - torch.where(segment_ids == segment_ids.roll(1, 1), 0, tokens).cummax(1).values
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:].to(tokens.device)
+    return tokens
+
+
+class _Tokens(NamedTuple):
+    """What masks are made of."""
+
+    embeddings: torch.Tensor
+    attention_mask: torch.Tensor | None
+    segment_ids: torch.Tensor | None
+    position_ids: torch.Tensor
+    past_key_values: Cache | None
+    length: int | None
+
+
+def _mask(config: MultipoleConfig, implementation: str, tokens: _Tokens) -> object:
+    """The mask of one attention function; Transformers' own for the exact ones."""
+    batch, queries = tokens.embeddings.shape[:2]
+    causal, length = config.is_causal, tokens.length
+    if implementation == "multipole" and length is None:
+        return MultipoleMask(True, batch, queries, None, config.block_size, tokens.attention_mask, None, tokens.position_ids)
+    if implementation in ("multipole", "tensor"):
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=batch,
+            q_length=queries,
+            kv_length=length,
+            q_offset=length - queries,
+            mask_function=causal_mask_function if causal else bidirectional_mask_function,
+            attention_mask=tokens.attention_mask,
+            segment_ids=tokens.segment_ids,
+            position_ids=tokens.position_ids,
+            config=config,
+        )
+    config = copy.copy(config)
+    config._attn_implementation_internal = implementation
+    create = create_causal_mask if causal else create_bidirectional_mask
+    packed = {} if tokens.segment_ids is None else {"and_mask_function": packed_sequence_mask_function(tokens.segment_ids)}
+    return create(config, tokens.embeddings, tokens.attention_mask, past_key_values=tokens.past_key_values, **packed)
+
+
+def summary_positions(config: MultipoleConfig, position_ids: torch.Tensor, mask: MultipoleMask) -> list[torch.Tensor]:
+    """The position of the centre of every summarised segment, ``(batch or 1, 1, groups, rank)`` float32 a level."""
+    alignment = mask.alignment
+    levels = level_count(mask.length, config.block_size)
+    positions = position_ids.float()
+    missing = mask.length - positions.shape[1]
+    if missing:
+        # Tokens of the cache: their positions go before those of the new ones, without gaps.
+        before = positions[:, :1] + torch.arange(-missing, 0, device=positions.device)
+        positions = torch.cat([before, positions], 1)
+    if alignment is not None:
+        positions = positions.expand(len(alignment.index), -1).gather(1, alignment.index)
+        validity = (alignment.document >= 0).expand(len(positions), -1)
+    else:
+        slots = -(-mask.length // config.block_size) * config.block_size
+        validity = (torch.arange(slots, device=positions.device) < mask.length).expand(len(positions), -1)
+        positions = nn.functional.pad(positions, (0, slots - mask.length))
+    means = MeanSummary(config.block_size, config.rank)
+    centres = means(positions.masked_fill(~validity, 0)[:, None, :, None], validity, levels)
+    masses = means.masses(validity, levels, 1, positions.dtype)
+    segment = torch.arange(config.rank, device=positions.device) + 0.5
+    for level, mass in enumerate(masses):
+        # A learned summary may stand for a segment of its group that has no token: then where the tokens would be.
+        width = config.block_size << level
+        there = positions[:, None, ::width, None] + segment * (width // config.rank) - 0.5
+        centres[level] = torch.where(mass > 0, centres[level], there[..., None])
+    return [centre.squeeze(-1) for centre in centres]
