@@ -79,7 +79,7 @@ def _attend_by_kernels(q, k, v, field: Field, rows: Rows, call: Call) -> torch.T
     document, alignment = rows.document(q.device), rows.alignment
     return run_kernels(
         *(q, k, v, far_k, far_v),
-        Listing([0] * rows.levels, groups, rows.first, rows.block_size, rows.rank),
+        Listing([0] * rows.levels, groups, rows.block_size, rows.rank, rows.first),
         call,
         log_counts=None if counts is None else log_counts(counts, call.options.size_weighting),
         document=None if document is None else document.flatten(1),
@@ -146,9 +146,9 @@ class Listing(NamedTuple):
 
     begins: list[int]  # first group that is listed of each level
     counts: list[int]  # groups that are listed, from there on
-    first_block: int  # number of the first block of queries in its row
     block_size: int
     rank: int
+    first_block: int  # number of the first block of queries in its row
 
 
 def log_counts(counts: torch.Tensor, size_weighting: bool) -> torch.Tensor:
@@ -202,7 +202,7 @@ def attend_segments(q, k, v, far_mean, far_total, document, block_size: int, cal
         # They attend to the near field, and the far field is merged with what comes of it.
         none = (x.new_zeros(*k.shape[:2], 0, x.shape[-1], dtype=far_mean.dtype) for x in (k, v))
         document = None if document is None else document.flatten(1)
-        near = Listing([], [], 0, block_size, segments)
+        near = Listing([], [], block_size, segments, 0)
         out, total = run_kernels(q, k, v, *none, near, call._replace(far_bias=None), document=document)
         far = (x.repeat_interleave(block_size // segments, 2) for x in (far_mean, far_total))
         return merge((out.to(far_mean.dtype), total.to(far_mean.dtype)), tuple(far))[0].to(q.dtype)

@@ -394,7 +394,7 @@ class MultipoleState:
         first = max(0, past // self.block_size - 1)
         far = [torch.cat(groups, 2) for groups in far]
         if call.kernels:
-            listing = Listing(begins[: len(counts)], counts, first, self.block_size, self.rank)
+            listing = Listing(begins[: len(counts)], counts, self.block_size, self.rank, first)
             return run_kernels(*padded, *far, listing, self._operator_call(call))[0]
         return attend_blocks(*padded, self._listed(n, first, begins, counts, far, call), None, self.block_size, self._operator_call(call))
 

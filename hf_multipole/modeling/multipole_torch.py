@@ -263,7 +263,7 @@ def _empty(given: Blocks) -> torch.Tensor:
 
 # ``(Blocks) -> (blocks, repeats * block_size, value_dim)``: attention of each block of queries to its neighbouring blocks and to the
 # summaries that are listed for it, in one softmax.
-block_attention = define(_NAMESPACE + "::block_attention", Blocks, _forward, _backward, _empty, _DIFFERENTIABLE)
+block_attention = define(_NAMESPACE + "::block_attention", Blocks, _forward, _empty, _backward, _DIFFERENTIABLE)
 
 
 def block_weights(given: Blocks) -> torch.Tensor:

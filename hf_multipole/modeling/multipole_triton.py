@@ -53,9 +53,9 @@ class KernelBlocks(NamedTuple):
     last: torch.Tensor | None
     begins: Sequence[int]  # of each level, the first group that far_k holds
     counts: Sequence[int]  # and how many from there on
-    first_block: int  # number of the first block in its row
     block_size: int
     rank: int
+    first_block: int  # number of the first block in its row
     causal: bool
     size_weighting: bool
     scale: float
@@ -191,4 +191,4 @@ def _backward(given: KernelBlocks, grads, outputs) -> tuple[torch.Tensor, ...]:
 
 # ``(KernelBlocks) -> (batch, heads, slots, value_dim)`` and, of each query, the logarithm to base 2 of the sum that normalises it:
 # attention of whole blocks of queries to their neighbouring blocks and to the summaries that the hierarchy lists.
-attention = define(_NAMESPACE + "::attention", KernelBlocks, _forward, _backward, _outputs, _DIFFERENTIABLE, outputs=2)
+attention = define(_NAMESPACE + "::attention", KernelBlocks, _forward, _outputs, _backward, _DIFFERENTIABLE, outputs=2)

@@ -19,9 +19,15 @@ _TYPES = {
 
 
 def define(
-    name: str, arguments: type, run: Callable, run_backward: Callable, fake: Callable, differentiable: Sequence[str], outputs: int = 1
+    name: str,
+    arguments: type,
+    run: Callable,
+    fake: Callable,
+    run_backward: Callable | None = None,
+    differentiable: Sequence[str] = (),
+    outputs: int = 1,
 ) -> Callable:
-    """Defines an operator and its backward pass; it is called with the fields of a named tuple ``arguments``: ``operator(*given)``.
+    """Defines an operator and, if there is one, its backward pass; it is called with the fields of a named tuple: ``operator(*given)``.
 
     name: ``namespace::name``, the namespace of this copy of the file: to define an operator again, when the code of a checkpoint is
     loaded too, breaks the first one. run: ``(arguments) -> tensor``, or a tuple of as many as ``outputs``. fake: the same, empty.
@@ -42,13 +48,16 @@ def define(
     forward = torch.library.custom_op(
         name, lambda *values: run(arguments(*values)), mutates_args=(), schema=f"({fields}) -> {returns(outputs)}"
     )
+    forward.register_fake(lambda *values: fake(arguments(*values)))
+    if run_backward is None:
+        return forward
+
     backward = torch.library.custom_op(
         f"{name}_backward",
         lambda *values: tuple(run_backward(*split(values))),
         mutates_args=(),
         schema=f"({', '.join(upper)}, {fields}) -> {returns(len(differentiable))}",
     )
-    forward.register_fake(lambda *values: fake(arguments(*values)))
 
     @backward.register_fake
     def _(*values):

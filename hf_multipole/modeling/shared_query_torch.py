@@ -270,4 +270,4 @@ def _empty(given: Segments) -> torch.Tensor:
 
 # ``(Segments) -> (blocks, repeats * block_size, value_dim)``: attention of each block of queries to its neighbouring blocks and to the far
 # field of its segments, in one softmax.
-segment_attention = define(_NAMESPACE + "::segment_attention", Segments, _forward, _backward, _empty, _DIFFERENTIABLE)
+segment_attention = define(_NAMESPACE + "::segment_attention", Segments, _forward, _empty, _backward, _DIFFERENTIABLE)

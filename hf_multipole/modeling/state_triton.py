@@ -1,9 +1,11 @@
 """The GPU kernel of a decoding step: attention of one more token in every row on the slots of multipole_state.py."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
+from .operators import define
 from .triton_common import LOG2E, absorb, launch, load_rows, logits, tile_size, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
@@ -69,43 +71,42 @@ def _step(
     tl.store(out_ + at, acc / total[:, None], real[:, None] & (column < WIDTH))
 
 
-@torch.library.custom_op(_NAMESPACE + "::step", mutates_args=())
-def step(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    lengths: torch.Tensor | None,
-    length: int,
-    far_bias: torch.Tensor | None,
-    far: torch.Tensor | None,
-    ring: int,
-    groups: int,
-    block_size: int,
-    rank: int,
-    size_weighting: bool,
-    scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Attention of one token a row, ``lengths`` ``(batch,)`` int32 others, or everywhere ``length``, before it.
+class Step(NamedTuple):
+    """Arguments of the operator :func:`step`."""
 
-    q: ``(batch, heads, dim)``; keys, values: float32 ``(batch, kv_heads, slots, dim)``, first ``ring`` slots of tokens, then of each
-    level ``groups`` groups of ``rank`` summaries. far: the far field in place of summaries, float32 ``(batch, heads, segments,
-    value_dim + 1)``: mean and log-sum-exp of segment s of ``block_size / rank`` tokens in slot ``s % segments``. Returns float32
-    ``(batch, heads, value_dim)``. There is no gradient.
-    """
+    q: torch.Tensor  # (batch, heads, dim)
+    keys: torch.Tensor  # float32 (batch, kv_heads, slots, dim): ring slots of tokens, then of each level groups of rank summaries
+    values: torch.Tensor
+    lengths: torch.Tensor | None  # (batch,) int32: tokens before; or everywhere
+    length: int
+    far_bias: torch.Tensor | None  # (heads, levels)
+    far: torch.Tensor | None  # in place of summaries, float32 (batch, heads, segments, value_dim + 1): mean and log-sum-exp of segment s of
+    # block_size / rank tokens in slot s % segments
+    ring: int
+    groups: int
+    block_size: int
+    rank: int
+    size_weighting: bool
+    scale: float
+    softcap: float | None
+
+
+def _run(given: Step) -> torch.Tensor:
+    q, keys, values, far = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (given.q, given.keys, given.values, given.far))
+    far_bias, ring, groups, block_size, rank = given.far_bias, given.ring, given.groups, given.block_size, given.rank
     batch, heads, dim = q.shape
     kv_heads, slots, width = keys.shape[1], keys.shape[2], values.shape[-1]
-    q, keys, values, far = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values, far))
     out = keys.new_empty(batch, heads, width)
     strides = dict(zip(("q_b", "q_h"), q.stride()))
     for name, x in (("keys", keys), ("values", values), ("far", far)):
         strides |= {f"{name}_{letter}": stride for letter, stride in zip("bhn", (0, 0, 0) if x is None else x.stride())}
     arguments = strides | dict(
-        q_=q, keys_=keys, values_=values, lengths_=lengths, length=length, out_=out,
+        q_=q, keys_=keys, values_=values, lengths_=given.lengths, length=given.length, out_=out,
         far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
         far_=far, segments=0 if far is None else far.shape[2],
         kv_heads=kv_heads, repeats=heads // kv_heads, slots=slots, ring=ring, groups=groups, levels=(slots - ring) // (groups * rank),
-        block_size=block_size, size=math.log2(block_size / rank) if size_weighting else None, scale=scale, softcap=softcap, RANK=rank,
+        block_size=block_size, size=math.log2(block_size / rank) if given.size_weighting else None,
+        scale=given.scale, softcap=given.softcap, RANK=rank,
         DIM=dim, WIDTH=width, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(width),
         BLOCK_M=tile_size(heads // kv_heads), BLOCK_N=32 if max(dim, width) <= 128 else 16,
     )  # fmt: skip
@@ -113,6 +114,5 @@ def step(
     return out
 
 
-@step.register_fake
-def _(q, keys, values, *_):
-    return keys.new_empty(*q.shape[:2], values.shape[-1])
+# ``(Step) -> float32 (batch, heads, value_dim)``: attention of one token in every row. There is no gradient.
+step = define(_NAMESPACE + "::step", Step, _run, lambda given: given.keys.new_empty(*given.q.shape[:2], given.values.shape[-1]))
