@@ -284,13 +284,15 @@ def test_autocast_takes_far_keys_of_another_dtype():
 # Attention weights
 
 
-def aligned(call, **options):
-    """Keyword arguments of aligned_attention for the call's tensors."""
+def aligned(call):
+    """Output and weights of the case, by aligned_attention."""
     mask, ids = call.options["attention_mask"], call.options["segment_ids"]
     alignment = None if mask is None and ids is None else align_rows(mask, ids, call.options["block_size"])
-    rest = {name: value for name, value in call.options.items() if name not in ("attention_mask", "segment_ids")}
-    tensors = {name: call.leaves.get(name) for name in ("q", "k", "v", "far_keys", "far_bias")}
-    return module.aligned_attention(**tensors, alignment=alignment, **rest, **options)
+    sizes = {name: call.options[name] for name in ("block_size", "rank", "size_weighting", "downsample_queries") if name in call.options}
+    rest = {name: value for name, value in call.options.items() if name not in ("attention_mask", "segment_ids", *sizes)}
+    settings = Call(MultipoleOptions(**sizes), far_bias=call.leaves.get("far_bias"), **rest)
+    tensors = (call.leaves.get(name) for name in ("q", "k", "v"))
+    return module.aligned_attention(*tensors, alignment, settings, call.leaves.get("far_keys"), return_weights=True)
 
 
 @pytest.mark.parametrize("queries", [None, 1, 10])
@@ -298,7 +300,7 @@ def aligned(call, **options):
 def test_attention_weights_are_those_of_the_reference(causal, queries):
     for case in (replace(FULL, causal=causal, queries=queries), Case(n=7, queries=queries and 3, causal=causal)):
         call = make(case)
-        out, weights = aligned(call, return_weights=True)
+        out, weights = aligned(call)
         expected_out, expected = call(lambda *x, **options: multipole_attention_reference(*x, **options, return_weights=True))
         assert_within(weights, expected, 1e-12, "weights", case)
         assert_within(out, expected_out, 1e-12, "out", case)
@@ -310,7 +312,7 @@ def test_attention_weights_of_padded_and_packed_rows(shape):
     """They belong to visible tokens and sum to one; in rows of one document, those of tokens are the reference's."""
     case = replace(FULL, causal=False, **SHAPES[shape])
     call = make(case)
-    out, weights = aligned(call, return_weights=True)
+    out, weights = aligned(call)
     real = call.real_queries()[:, None].double().expand(weights.shape[:3])
     assert_within(weights.sum(-1), real, 1e-12, "sums of weights", case)
     assert ((weights[..., : case.n] == 0) | call.visible()[:, None]).all()
