@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_multipole import convert
 from hf_multipole.integration.conversion import KINDS, attention_modules, is_chosen
 from hf_multipole.integration.measurement import layer_errors, loss
-from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
+from hf_multipole.modeling import options
 from hf_multipole.training.checkpoints import write_json
 
 
@@ -38,33 +38,21 @@ def parse():
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub name")
     parser.add_argument("--output", type=Path, required=True, help="folder of the converted checkpoint")
     parser.add_argument("--kind", default="multipole", choices=list(KINDS))
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to convert, from 0; all by default")
-    multipole = parser.add_argument_group("multipole")
+    options.add_arguments(parser)
+    multipole = parser.add_argument_group("measurement of multipole attention")
     multipole.add_argument("--text", type=Path, help="text that the errors are measured on; needed")
     multipole.add_argument("--tokens", type=int, default=4096, help="how many tokens of it, in one row; no more than the model's positions")
-    multipole.add_argument("--block-size", type=int, help="64 by default")
-    multipole.add_argument("--rank", type=int, help="4 by default")
-    multipole.add_argument("--summary", choices=["hierarchical", "direct", "mean"], help="hierarchical by default")
     multipole.add_argument("--tolerance", type=float, default=0.3, help="error over which the report suggests to leave a layer exact")
-    tensor = parser.add_argument_group("tensor")
-    tensor.add_argument("--tensor-order", type=int, help="tokens that a score joins, the query among them; 3 by default")
-    tensor.add_argument("--tensor-method", choices=["exact", "polynomial"], help="exact by default")
-    tensor.add_argument("--tensor-window", type=_width, nargs="+", help="how many tokens each index may take, or 'all'")
-    tensor.add_argument("--tensor-degree", type=int)
-    tensor.add_argument("--tensor-entry-bound", type=float)
-    tensor.add_argument("--tensor-score-dim", type=int)
     args = parser.parse_args()
     if args.kind != "tensor":
-        args.block_size, args.rank = (default if x is None else x for x, default in ((args.block_size, 64), (args.rank, 4)))
+        for name in ("block_size", "rank"):
+            if getattr(args, name) is None:
+                setattr(args, name, options.default_of(options.fields_of("convert")[name], "convert"))
         if args.text is None:
             parser.error(f"--kind {args.kind} needs --text, which its errors are measured on")
     elif args.text is not None:
         parser.error("--text belongs to multipole attention: tensor branches change nothing at first, so that there is nothing to measure")
     return args
-
-
-def _width(text: str) -> int | None:
-    return None if text == "all" else int(text)
 
 
 def prepare(args):
@@ -110,18 +98,18 @@ def options_of(args) -> dict:
 
 def measure(model, ids, args) -> list[dict]:
     """A row for each layer: its error, and for causal models the bits a token with it alone converted."""
-    options = STOCK_OPTIONS | {"block_size": args.block_size, "rank": args.rank}
-    errors = layer_errors(model, ids, [options], args.kind)[0]
+    sizes = {"block_size": args.block_size, "rank": args.rank}
+    errors = layer_errors(model, ids, [sizes], args.kind)[0]
     exact = model.config._attn_implementation
     rows = [{"layer": "all exact", "bits": loss(model, ids, exact) / math.log(2)}] if model.can_generate() else []
     modules = [(name, module) for name, module in attention_modules(model).items() if is_chosen(module)]
     for name, module in tqdm(modules, desc="layers", unit="layer"):
         row = {"layer": getattr(module, "layer_idx", None), "module": name, "error": errors[name]}
         if model.can_generate() and row["layer"] is not None:
-            row["bits"] = loss(model, ids, args.kind, options | {"layers": [row["layer"]]}) / math.log(2)
+            row["bits"] = loss(model, ids, args.kind, sizes | {"layers": [row["layer"]]}) / math.log(2)
         rows.append(row)
     if model.can_generate():
-        rows.append({"layer": "all multipole", "bits": loss(model, ids, args.kind, options) / math.log(2)})
+        rows.append({"layer": "all multipole", "bits": loss(model, ids, args.kind, sizes) / math.log(2)})
     return rows
 
 

@@ -12,6 +12,7 @@ import inspect
 import operator
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,14 +21,20 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.attention_masks import refuse_cross_attention
-from ..modeling.configuration_multipole import STOCK_OPTIONS, TENSOR_OPTIONS, attention_options, has_tensor_options, tensor_options
+from ..modeling.configuration_multipole import check_polynomial, has_tensor_options, multipole_options, tensor_options
 from ..modeling.learned import FarField, trained_length
+from ..modeling.options import MultipoleOptions, TensorOptions, default_of, fields_of, nearest, takes_options
 from .tensor_branch import TensorBranch
 
 logger = logging.get_logger(__name__)
 
 # What a model can be converted to, O(n log n) or O(n) multipole attention or a tensor branch, and what its attention modules get for it.
 KINDS = {"multipole": "far_field", "multipole_linear": "far_field", "tensor": "tensor_branch"}
+# What config.multipole says of options that were not given.
+_STOCK = {
+    kind: {name: default_of(f, "stock") for name, f in fields_of("stock", TensorOptions if kind == "tensor" else MultipoleOptions).items()}
+    for kind in KINDS
+}
 
 # Classes of attention modules that can be converted: one row (query, key, value) through the attention interface, heads and
 # head_dim those of the configuration. scripts/studies/support.py runs each of them.
@@ -102,7 +109,7 @@ def _kind_of(config) -> str:
     """What a configuration says that its model was converted to."""
     if has_tensor_options(config):
         return "tensor"
-    return "multipole_linear" if attention_options(config)["downsample_queries"] else "multipole"
+    return "multipole_linear" if multipole_options(config).downsample_queries else "multipole"
 
 
 def _is_stock(module: nn.Module) -> bool:
@@ -131,7 +138,7 @@ def _has_window(module: nn.Module) -> bool:
 
 def is_chosen(module: nn.Module) -> bool:
     """Whether an attention module is one that a conversion is about: it has no window, and was not left exact."""
-    layers = attention_options(module.config)["layers"]
+    layers = multipole_options(module.config).layers
     return not _has_window(module) and (layers is None or getattr(module, "layer_idx", None) in layers)
 
 
@@ -140,8 +147,8 @@ def _give_part(module: nn.Module) -> None:
     config = module.config
     if not getattr(config, "multipole", None):
         return
-    options, kind = attention_options(config), _kind_of(config)
-    if kind != "tensor" and options["summary"] == "mean" and options["far_bias_init"] is None:
+    options, kind = multipole_options(config), _kind_of(config)
+    if kind != "tensor" and not options.is_learned:
         return
     # Saved with the configuration, so that Transformers refuses the checkpoint where this package is not imported.
     config.attn_implementation = kind
@@ -151,14 +158,16 @@ def _give_part(module: nn.Module) -> None:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if kind == "tensor":
-        part = TensorBranch(tensor_options(config, head_dim), heads, kv_heads, head_dim)
+        tensor = tensor_options(config, head_dim)
+        check_polynomial(tensor)
+        part = TensorBranch(tensor, heads, kv_heads, head_dim)
     else:
         length = getattr(config, "max_position_embeddings", None)
-        if length is None and options["summary"] == "direct":
+        if length is None and options.summary == "direct":
             raise ValueError(
                 f"summary='direct' needs config.max_position_embeddings, which {type(config).__name__} has not; use 'hierarchical'"
             )
-        queries = options["downsample_queries"] and not getattr(module, "is_causal", True)
+        queries = options.downsample_queries and not getattr(module, "is_causal", True)
         part = FarField(options, heads, kv_heads, head_dim, length, queries)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     setattr(module, KINDS[kind], part.to(like.device, like.dtype))
@@ -169,23 +178,8 @@ def _take_part(module: nn.Module) -> None:
         module._modules.pop(part, None)
 
 
-def convert(
-    model: PreTrainedModel,
-    kind: str = "multipole",
-    *,
-    layers: Sequence[int] | None = None,
-    block_size: int | None = None,
-    rank: int | None = None,
-    summary: str = "hierarchical",
-    size_weighting: bool | None = None,
-    far_bias_init: float | None = 0.0,
-    tensor_order: int | None = None,
-    tensor_method: str | None = None,
-    tensor_window: Sequence[int | None] | None = None,
-    tensor_degree: int | None = None,
-    tensor_entry_bound: float | None = None,
-    tensor_score_dim: int | None = None,
-) -> PreTrainedModel:
+@takes_options("convert")
+def convert(model: PreTrainedModel, kind: str = "multipole", **options: Any) -> PreTrainedModel:
     """Gives a stock model another attention, with parts to learn, in place, and returns it.
 
     "multipole" puts multipole attention with learned summaries in the place of exact attention; "multipole_linear" its O(n) form, in
@@ -205,50 +199,30 @@ def convert(
         model: a model of Transformers, on any device. (The language model inside of another model can be converted, too, but the
             whole is then loaded with attn_implementation={"text_config": "multipole"}, or how it calls that part.)
         kind: "multipole", "multipole_linear" or "tensor".
-        layers: numbers of the layers that are converted, from 0; all by default. Others, and those with a sliding window, stay
-            exact.
-        block_size, rank, size_weighting: see :func:`multipole_attention`; by default those of ``config.multipole``, or 64, 4
-            and True.
-        summary: "hierarchical" (learned, any length), "direct" (learned for each level, at most ``max_position_embeddings``
-            tokens) or "mean" (nothing learned).
-        far_bias_init: start of the learned bias for each head and level; None for no bias. ``config.max_position_embeddings`` states
-            the length of training, as in :class:`MultipoleConfig`; :func:`extend_context` changes it.
-        tensor_order, tensor_method, tensor_window, tensor_degree, tensor_entry_bound, tensor_score_dim: see :class:`MultipoleConfig`;
-            by default those of ``config.multipole``, or its defaults. Without windows the exact method takes O(n ** tensor_order)
-            time.
+        {options}
+
+    Options that are not given stay as they are in ``config.multipole``. ``config.max_position_embeddings`` states the length of
+    training, as in :class:`MultipoleConfig`; :func:`extend_context` changes it.
 
     Raises:
-        ValueError: the model cannot be converted, or an option is out of range or belongs to another kind. The model is unchanged
-            then.
+        ValueError: the model cannot be converted, or an option is out of range or belongs to another kind. The model is unchanged then.
+        TypeError: there is no such option.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, but must be {' or '.join(map(repr, KINDS))}")
-    multipole = {"block_size": block_size, "rank": rank, "size_weighting": size_weighting}
-    multipole |= {"summary": summary, "far_bias_init": far_bias_init}
-    tensor = {"tensor_order": tensor_order, "tensor_method": tensor_method, "tensor_window": tensor_window}
-    tensor |= {"tensor_degree": tensor_degree, "tensor_entry_bound": tensor_entry_bound, "tensor_score_dim": tensor_score_dim}
-    given, others = (tensor, multipole) if kind == "tensor" else (multipole, tensor)
-    for name, value in others.items():
-        if value != convert.__kwdefaults__[name]:
-            raise ValueError(f"{name} is no option of convert(model, {kind!r}): leave it out; its options are layers, {', '.join(given)}")
+    given = _checked_options(kind, options)
     modules = _convertible(model)
     configs = {id(module.config): module.config for module in modules.values()}.values()
-    defaults = TENSOR_OPTIONS if kind == "tensor" else STOCK_OPTIONS
-    given = {name: value for name, value in given.items() if value is not None or name == "far_bias_init"}
-    given |= {"layers": _numbers(layers)} | ({"tensor_window": list(tensor_window)} if isinstance(tensor_window, tuple) else {})
-    if kind != "tensor":
-        given["downsample_queries"] = kind == "multipole_linear"
     before = [getattr(config, "multipole", None) for config in configs]
     try:
-        for config, options in zip(configs, before):
-            config.multipole = defaults | (options or {}) | given
-            attention_options(config)
+        for config, stated in zip(configs, before):
+            config.multipole = _STOCK[kind] | (stated or {}) | given
+            multipole_options(config)
             if has_tensor_options(config) != (kind == "tensor"):
                 raise ValueError("config.multipole has tensor_* options: take them out, or convert the model to 'tensor'")
+        layers = given["layers"]
         if layers is not None and any(getattr(module, "layer_idx", None) is None for module in modules.values()):
             raise ValueError(f"layers cannot be chosen in {type(model).__name__}, whose attention has no layer numbers; leave 'layers' out")
         if not any(is_chosen(module) for module in modules.values()):
-            which = "all layers" if layers is None else f"layers {list(layers)}"
+            which = "all layers" if layers is None else f"layers {layers}"
             raise ValueError(f"there is nothing to convert: {which} have a sliding window, which is exact and stays so")
         for module in modules.values():
             _give_part(module)
@@ -258,14 +232,33 @@ def convert(
                 for one in part.modules():
                     one._is_hf_initialized = True
     except ValueError:
-        for config, options in zip(configs, before):
-            _restore(config, options)
+        for config, stated in zip(configs, before):
+            _restore(config, stated)
         for module in modules.values():
             _take_part(module)
         raise
     for config in configs:
         config.attn_implementation = config._attn_implementation = kind
     return model
+
+
+def _checked_options(kind: str, options: dict) -> dict:
+    """What ``convert`` writes into ``config.multipole``, of options that are known and belong to the kind."""
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, but must be {' or '.join(map(repr, KINDS))}")
+    fields, cls = fields_of("convert"), TensorOptions if kind == "tensor" else MultipoleOptions
+    own = {"layers": fields["layers"]} | fields_of("convert", cls)
+    # Of others, None is as good as not given.
+    given = {name: f.metadata["defaults"]["convert"] for name, f in own.items() if "convert" in f.metadata["defaults"]}
+    for name, value in options.items():
+        if name not in fields:
+            raise TypeError(f"convert has no option {name!r}{nearest(name, fields)}")
+        if name in given or (name in own and value is not None):
+            given[name] = list(value) if isinstance(value, tuple) else value
+        elif value != fields[name].metadata["defaults"].get("convert"):
+            raise ValueError(f"{name} is no option of convert(model, {kind!r}): leave it out; its options are {', '.join(own)}")
+    given["layers"] = _numbers(given["layers"])
+    return given if kind == "tensor" else given | {"downsample_queries": kind == "multipole_linear"}
 
 
 def _numbers(layers: Sequence[int] | None) -> list[int] | None:

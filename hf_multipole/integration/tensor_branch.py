@@ -5,7 +5,8 @@ from torch import nn
 from transformers import initialization as init
 
 from ..modeling.learned import LearnedPart
-from ..modeling.tensor_attention import check_options, document_attention
+from ..modeling.options import TensorOptions
+from ..modeling.tensor_attention import document_attention
 from ..modeling.tensor_layer import BoundedRMSNorm
 
 
@@ -25,18 +26,13 @@ class TensorBranch(LearnedPart):
     In models with rotary positions, queries and keys arrive rotated by their positions, and the maps see them so: the scores then
     depend on positions, and not, as those of two vectors, on their distances alone.
 
-    options: as from :func:`tensor_options`.
+    options: with a score_dim, as from :func:`tensor_options`.
     """
 
-    def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int):
+    def __init__(self, options: TensorOptions, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
-        self.indices = options["tensor_order"] - 1
-        score_dim, bound = options["tensor_score_dim"], options["tensor_entry_bound"]
-        self.options = {"method": options["tensor_method"]}
-        if options["tensor_method"] == "exact":
-            self.options["window"] = options["tensor_window"]
-        else:
-            self.options |= {"degree": options["tensor_degree"], "entry_bound": bound}
+        self.options, self.indices = options, options.order - 1
+        score_dim, bound = options.score_dim, options.entry_bound
         self.query_map = nn.Parameter(torch.empty(heads, head_dim, score_dim))
         # Those of the first index first.
         self.key_map = nn.Parameter(torch.empty(self.indices * kv_heads, head_dim, score_dim))
@@ -79,13 +75,12 @@ class TensorBranch(LearnedPart):
             raise ValueError(
                 f"the branch was made for {len(self.gate)} heads, but here are {query.shape[1]}: tensor parallelism is not supported"
             )
-        if dropout and self.options["method"] == "polynomial":
+        if dropout and self.options.method == "polynomial":
             raise ValueError(
                 f"the model drops attention weights with probability {dropout}, but tensor_method='polynomial' has no single weights to "
                 "drop: set the attention dropout of its configuration to 0"
             )
-        check_options(self.indices, dropout_p=dropout, **self.options)
-        widths = self.options.get("window") or [None]
+        widths = self.options.window or [None]
         if causal and None not in widths:
             # Of a long cache, what the windows of the first query reach.
             reached = slice(-(query.shape[2] - 1 + max(widths)), None)
@@ -99,5 +94,5 @@ class TensorBranch(LearnedPart):
         if torch.is_autocast_enabled(query.device.type):
             query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
         keys, values = key.chunk(self.indices, 1), value.chunk(self.indices, 1)
-        out = document_attention(query, keys, values, documents, causal=causal, dropout_p=dropout, **self.options)
+        out = document_attention(query, keys, values, documents, self.options, causal=causal, dropout_p=dropout)
         return out.transpose(1, 2) * self.gate[:, None]

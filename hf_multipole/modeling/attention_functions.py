@@ -8,7 +8,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
-from .configuration_multipole import attention_options, has_tensor_options
+from .configuration_multipole import has_tensor_options, multipole_options
 from .hierarchy import level_count
 from .learned import trained_length, trained_levels
 from .multipole_attention import aligned_attention
@@ -16,7 +16,7 @@ from .multipole_cache import NO_DROPOUT, OUT_OF_STEP, numbered
 from .multipole_rows import Call
 from .options import MultipoleOptions
 from .summaries import compute_dtype
-from .tensor_attention import check_options, document_attention
+from .tensor_attention import check_dropout, document_attention
 
 logger = logging.get_logger(__name__)
 
@@ -109,25 +109,25 @@ def _(layer):
 
 def _options(module, query, length: int, softcap, scale, key_summary=None) -> dict:
     """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks."""
-    options = attention_options(module.config)
+    options = multipole_options(module.config)
     far_field = getattr(module, "far_field", None)
-    if far_field is None and (options["summary"] != "mean" or options["far_bias_init"] is not None):
+    if far_field is None and options.is_learned:
         raise ValueError(
-            f"config.multipole asks for learned parts ({options['summary']!r} summaries), which this model does not have: give them to it "
+            f"config.multipole asks for learned parts ({options.summary!r} summaries), which this model does not have: give them to it "
             "with hf_multipole.convert, and import hf_multipole before a converted model is loaded"
         )
     heads = getattr(far_field, "heads", query.shape[1])
     if heads != query.shape[1]:
         raise ValueError(f"the far field was learned for {heads} heads, but here are {query.shape[1]}: tensor parallelism is not supported")
     max_length = trained_length(module)
-    max_levels = trained_levels(max_length, options["block_size"]) if far_field is None else far_field.max_levels
-    longer = max_levels is not None and level_count(length, options["block_size"]) > max_levels
+    max_levels = trained_levels(max_length, options.block_size) if far_field is None else far_field.max_levels
+    longer = max_levels is not None and level_count(length, options.block_size) > max_levels
     if longer and not torch.compiler.is_compiling():
         logger.warning_once(
             f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
             "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
         )
-    return {name: options[name] for name in ("block_size", "rank", "size_weighting")} | {
+    return {name: getattr(options, name) for name in ("block_size", "rank", "size_weighting")} | {
         "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
         "value_summary": getattr(far_field, "value_summary", None),
         "far_bias": None if far_field is None else far_field(),
@@ -139,7 +139,7 @@ def _options(module, query, length: int, softcap, scale, key_summary=None) -> di
 
 def _is_exact(module) -> bool:
     """Whether a stock model has left this layer exact."""
-    layers = attention_options(module.config)["layers"]
+    layers = multipole_options(module.config).layers
     if layers is None:
         return False
     if getattr(module, "layer_idx", None) is None:
@@ -180,7 +180,7 @@ def _unmasked(module, query, key, is_causal: bool | None) -> MultipoleMask:
             f"{key.shape[2]} keys), nor caches without a mask; use 'sdpa'"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    n, block_size = key.shape[2], attention_options(module.config)["block_size"]
+    n, block_size = key.shape[2], multipole_options(module.config).block_size
     return MultipoleMask(bool(causal), len(query), n, n, block_size)
 
 
@@ -368,8 +368,8 @@ def tensor_attention_forward(
         raise ValueError(_NO_WEIGHTS)
     if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
         raise ValueError("cu_seq_lens_q needs use_cache=False and no attention_mask in models with tensor layers")
-    check_options(module.indices, dropout_p=dropout, **module.options)
-    past, mask = getattr(key, "layer", None), attention_mask
+    past, mask, options = getattr(key, "layer", None), attention_mask, module.options
+    check_dropout(options, dropout)
     if past is not None:
         return _attend_sums(module, past, query, key.new, value, mask).transpose(1, 2).contiguous(), None
     if torch.is_autocast_enabled(query.device.type):
@@ -379,10 +379,10 @@ def tensor_attention_forward(
         key.chunk(module.indices, 1),
         value.chunk(module.indices, 1),
         None if mask.documents is None else mask.documents[:, -key.shape[2] :],
+        options,
         causal=mask.causal,
         scale=scaling,
         dropout_p=dropout,
-        **module.options,
     )
     return out.transpose(1, 2).contiguous(), None
 

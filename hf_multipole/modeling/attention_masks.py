@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from .configuration_multipole import attention_options
+from .configuration_multipole import multipole_options
 from .hierarchy import Alignment, align_rows, block_of, check_rows
 from .multipole_state import MultipoleState, NewTokens
 from .tensor_attention import document_numbers
@@ -271,5 +271,5 @@ def multipole_mask(
         # Not in a step of generation, whose cost must not grow with the length.
         if q_length == kv_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
-    block_size = attention_options(config)["block_size"]
+    block_size = multipole_options(config).block_size
     return MultipoleMask(causal, batch_size, q_length, kv_length, block_size, attention_mask, segment_ids, position_ids)

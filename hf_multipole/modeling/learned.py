@@ -5,6 +5,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .hierarchy import level_count
+from .options import MultipoleOptions
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
 
 
@@ -42,22 +43,22 @@ class LearnedPart(nn.Module):
 class FarField(LearnedPart):
     """The learned parts of a layer, the attribute ``far_field`` of its attention module.
 
-    options: as from :func:`attention_options`. max_length: tokens of the rows that it is trained on, which direct summaries cannot
+    max_length: tokens of the rows that it is trained on, which direct summaries cannot
     exceed; None where that is not known. queries: whether queries are summarised, too (bidirectional O(n)).
 
     Longer rows have no more levels than those of training: attention reaches as far. :func:`extend_context` adds levels, to be trained.
     """
 
-    def __init__(self, options: dict, heads: int, kv_heads: int, head_dim: int, max_length: int | None, queries: bool = False):
+    def __init__(self, options: MultipoleOptions, heads: int, kv_heads: int, head_dim: int, max_length: int | None, queries: bool = False):
         super().__init__()
-        self.far_bias_init = options["far_bias_init"]
-        block_size, rank = options["block_size"], options["rank"]
+        self.far_bias_init = options.far_bias_init
+        block_size, rank = options.block_size, options.rank
         self.heads, self.max_length, self.block_size = heads, max_length, block_size
 
         def summary(heads: int) -> nn.Module:
-            if options["summary"] == "mean":
+            if options.summary == "mean":
                 return MeanSummary(block_size, rank)
-            if options["summary"] == "direct":
+            if options.summary == "direct":
                 return DirectSummary(block_size, rank, heads, head_dim, max_length)
             return HierarchicalSummary(block_size, rank, heads, head_dim)
 

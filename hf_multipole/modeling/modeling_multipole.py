@@ -17,7 +17,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig, attention_options
+from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig, multipole_options
 from .learned import FarField
 from .model_inputs import layer_implementation, prepare
 from .multipole_cache import keeps_state, take_number
@@ -122,8 +122,8 @@ class MultipoleAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
         if self.layer_type in MULTIPOLE_LAYERS:
-            options, queries = attention_options(config), self.layer_type == "multipole_linear_attention" and not config.is_causal
-            self.far_field = FarField(options, heads, kv_heads, config.head_dim, config.max_position_embeddings, queries)
+            queries = self.layer_type == "multipole_linear_attention" and not config.is_causal
+            self.far_field = FarField(multipole_options(config), heads, kv_heads, config.head_dim, config.max_position_embeddings, queries)
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_multipole import attention_options
+from .configuration_multipole import multipole_options
 from .hierarchy import check_rows
 from .multipole_state import MultipoleState
 from .shared_query_state import LinearState
@@ -337,7 +337,7 @@ class MultipoleCache(DynamicCache):
         self._model = None
         config = config.get_text_config(decoder=True)
         if config.model_type != "multipole" and config._attn_implementation in STATE_IMPLEMENTATIONS:
-            chosen = attention_options(config)["layers"]
+            chosen = multipole_options(config).layers
             for i, layer in enumerate(self.layers):
                 # Layers with a window, recurrent ones and those that were left exact keep what they keep.
                 if type(layer) is DynamicLayer and (chosen is None or i in chosen):

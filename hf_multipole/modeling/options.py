@@ -13,7 +13,9 @@ option adds a field here, and the code of what it does.
 
 import argparse
 import difflib
+import inspect
 import math
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -230,9 +232,30 @@ def default_of(f: Field, use: str) -> Any:
     return f.metadata["defaults"].get(use, f.default)
 
 
-def described(use: str, indent: int = 8, *classes: type[_Options]) -> str:
-    """The help of all fields of a use, as the ``Args`` of a docstring, without the indentation of the first line."""
-    return ("\n" + " " * indent).join(f"{name}: {f.metadata['help']}." for name, f in fields_of(use, *classes).items())
+def described(use: str) -> str:
+    """The help of all fields of a use, as the ``Args`` of a docstring, after the indentation of its first line."""
+    entries = []
+    for name, f in fields_of(use).items():
+        default = default_of(f, use)
+        told = "" if default is None else f" ({default!r} by default)"
+        entries.append(textwrap.fill(f"{name}: {f.metadata['help']}{told}.", 140, initial_indent=" " * 8, subsequent_indent=" " * 12))
+    return "\n".join(entries).lstrip()
+
+
+def takes_options(use: str) -> Callable:
+    """For a function with ``**options``: the fields of a use in its signature, and in its docstring, in place of ``{options}``."""
+
+    def state(function: Callable) -> Callable:
+        *before, _ = inspect.signature(function).parameters.values()
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=f.metadata["defaults"].get(use), annotation=f.type | None)
+            for name, f in fields_of(use).items()
+        ]
+        function.__signature__ = inspect.signature(function).replace(parameters=[*before, *keywords])
+        function.__doc__ = (function.__doc__ or "").replace("{options}", described(use))
+        return function
+
+    return state
 
 
 def nearest(name: str, known) -> str:

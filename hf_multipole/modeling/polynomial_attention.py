@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .options import MAX_DEGREE
+
 MAX_FEATURES = 2**16
-MAX_DEGREE = 24
 # Beyond it exp overflows, in float32 at 89.
 MAX_SCORE = 80
 # Relative error of the weights where no degree is given.

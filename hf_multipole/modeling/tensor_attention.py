@@ -8,7 +8,8 @@ import torch
 from .backends import takes_kernels
 from .checks import check_logits, check_tensors
 from .hierarchy import check_rows
-from .polynomial_attention import MAX_DEGREE, TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
+from .options import TensorOptions
+from .polynomial_attention import TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
 from .summaries import compute_dtype
 from .tensor_torch import stretches, tensor_tiles
 
@@ -84,7 +85,8 @@ def tensor_attention(
         BoundViolation: a ValueError; see on_violation.
     """
     _check_tensors(q, keys, values, attention_mask, segment_ids, scale, dropout_p)
-    check_options(len(keys), method, window, dropout_p, degree, entry_bound, tolerance, on_violation, return_certificate, backend)
+    options = TensorOptions(len(keys) + 1, method, window, degree, entry_bound)
+    _check_call(options, tolerance, on_violation, return_certificate, backend)
     if torch.is_autocast_enabled(q.device.type):
         kind = torch.get_autocast_dtype(q.device.type)
         q, keys, values = q.to(kind), [k.to(kind) for k in keys], [v.to(kind) for v in values]
@@ -93,13 +95,10 @@ def tensor_attention(
         keys,
         values,
         document_numbers(attention_mask, segment_ids),
-        method=method,
+        options,
         causal=causal,
-        window=window,
         scale=scale,
         dropout_p=dropout_p,
-        degree=degree,
-        entry_bound=entry_bound,
         tolerance=tolerance,
         on_violation=on_violation,
         return_certificate=return_certificate,
@@ -112,27 +111,27 @@ def document_attention(
     keys,
     values,
     document: torch.Tensor | None,
+    options: TensorOptions,
     *,
-    method,
     causal,
-    window=None,
     scale=None,
     dropout_p=0.0,
-    degree=None,
-    entry_bound=None,
     tolerance=TOLERANCE,
     on_violation="raise",
     return_certificate=False,
     backend="auto",
 ):
-    """:func:`tensor_attention` of checked arguments in one dtype; document: as from :func:`document_numbers`."""
+    """:func:`tensor_attention` of checked arguments in one dtype; document: as from :func:`document_numbers`. The exact path takes no
+    notice of a bound on the entries.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     order = len(values) + 1
-    if method == "polynomial":
+    if options.method == "polynomial":
+        check_dropout(options, dropout_p)
         kernels = takes_kernels(backend, q, {}, dropout_p, order)
         real = None if document is None else document >= 0
         try:
-            approximation = _approximation(q, keys, values, real, scale, degree, entry_bound, tolerance)
+            approximation = _approximation(q, keys, values, real, scale, options.degree, options.entry_bound, tolerance)
         except BoundViolation:
             if on_violation == "raise":
                 raise
@@ -144,7 +143,7 @@ def document_attention(
             return out, certify(approximation, q.shape[-1], [v.detach() for v in values], real, q.shape[1], dtype, q.dtype)
 
     kernels = takes_kernels(backend, q, {"q": q.shape[-1], "values": values[0].shape[-1]}, dropout_p, order)
-    out = _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels)
+    out = _exact(q, keys, values, document, causal, options.window, scale, dropout_p, kernels)
     return (out, None) if return_certificate else out
 
 
@@ -224,42 +223,18 @@ def _check_tensors(q, keys, values, attention_mask, segment_ids, scale, dropout_
     check_logits(scale, None, dropout_p)
 
 
-def check_options(
-    indices,
-    method,
-    window=None,
-    dropout_p=0.0,
-    degree=None,
-    entry_bound=None,
-    tolerance=TOLERANCE,
-    on_violation="raise",
-    return_certificate=False,
-    backend="auto",
-) -> None:
-    for name, value, allowed in (
-        ("method", method, ("exact", "polynomial")),
-        ("on_violation", on_violation, ("raise", "exact")),
-        ("backend", backend, ("auto", "torch", "triton")),
-    ):
+def check_dropout(options: TensorOptions, dropout_p: float) -> None:
+    if dropout_p and options.method == "polynomial":
+        raise ValueError("dropout_p belongs to method='exact': the near-linear path has no single weights; leave it out")
+
+
+def _check_call(options: TensorOptions, tolerance, on_violation, return_certificate, backend) -> None:
+    for name, value, allowed in (("on_violation", on_violation, ("raise", "exact")), ("backend", backend, ("auto", "torch", "triton"))):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}, but must be {' or '.join(map(repr, allowed))}")
-    if window is not None and (not isinstance(window, Sequence) or len(window) != indices):
-        raise ValueError(f"window is {window!r}, but must have one width, or None, for each of the {indices} keys")
-    for width in window or ():
-        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
-            raise ValueError(f"window has width {width!r}, but widths must be positive integers, or None for all tokens")
-    if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE):
-        raise ValueError(f"degree is {degree!r}, but must be an integer from 0 to {MAX_DEGREE}, or None to choose it")
-    for name, value in (("entry_bound", entry_bound), ("tolerance", tolerance)):
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{name} is {value!r}, but must be a positive number")
-    if tolerance is None:
-        raise ValueError("tolerance is None, but must be a positive number")
-    if method == "exact":
-        for name, value in (("degree", degree), ("entry_bound", entry_bound), ("return_certificate", return_certificate or None)):
+    if not (isinstance(tolerance, int | float) and 0 < tolerance < math.inf):
+        raise ValueError(f"tolerance is {tolerance!r}, but must be a positive number")
+    if options.method == "exact":
+        for name, value in (("entry_bound", options.entry_bound), ("return_certificate", return_certificate or None)):
             if value is not None:
                 raise ValueError(f"{name} belongs to method='polynomial': leave it out, or set that method")
-    else:
-        for name, value in (("window", window), ("dropout_p", dropout_p or None)):
-            if value is not None:
-                raise ValueError(f"{name} belongs to method='exact': the near-linear path has no single weights; leave it out")

@@ -5,7 +5,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_multipole import MultipoleConfig
+from .configuration_multipole import MultipoleConfig, tensor_options
+from .options import TensorOptions
 from .polynomial_attention import TOLERANCE, Approximation, approximate
 from .summaries import compute_dtype
 
@@ -64,12 +65,8 @@ class TensorAttention(nn.Module):
             self.q_norm, self.k_norm = BoundedRMSNorm(heads, *bounded), BoundedRMSNorm(self.indices * kv_heads, *bounded)
 
     @property
-    def options(self) -> dict:
-        """Keyword arguments of :func:`tensor_attention`."""
-        config = self.config
-        if config.tensor_method == "exact":
-            return {"method": "exact", "window": config.tensor_window}
-        return {"method": "polynomial", "degree": config.tensor_degree, "entry_bound": config.tensor_entry_bound}
+    def options(self) -> TensorOptions:
+        return tensor_options(self.config, self.head_dim)
 
     @property
     def kept_tokens(self) -> int | None:

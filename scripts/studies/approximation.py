@@ -31,7 +31,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 import hf_multipole  # noqa: F401 (registers the multipole models)
 from hf_multipole.integration.measurement import replaced_attention
-from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
 from hf_multipole.modeling.learned import FarField
 from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.training.arguments import DataArguments
@@ -103,7 +102,7 @@ def tokens_of(model, rows, collator) -> dict[str, tuple]:
     return {name: (*(torch.cat(x) for x in list(zip(*calls))[:3]), *calls[0][3:]) for name, calls in found.items()}
 
 
-def fit(o, tokens: tuple, exact: torch.Tensor, options: dict, linear: bool) -> FarField:
+def fit(o, tokens: tuple, exact: torch.Tensor, options: MultipoleOptions, linear: bool) -> FarField:
     """Summaries and far bias of a layer that bring its output near to the exact one, from means and a bias of 0."""
     q, k, v, causal, scale = tokens
     heads, n, dim = q.shape[1:]
@@ -115,7 +114,7 @@ def fit(o, tokens: tuple, exact: torch.Tensor, options: dict, linear: bool) -> F
     for step in range(o.fit_steps):
         row = slice(step % len(q), step % len(q) + 1)
         wanted = exact[row]
-        out = other.multipole(q[row], k[row], v[row], causal, scale, options["block_size"], options["rank"], linear, far_field)
+        out = other.multipole(q[row], k[row], v[row], causal, scale, options.block_size, options.rank, linear, far_field)
         loss = (out - wanted).square().sum() / wanted.square().sum()
         optimizer.zero_grad()
         loss.backward()
@@ -143,7 +142,7 @@ def ways_of(o, n: int, causal: bool, fitting: dict[str, tuple]) -> list[Way]:
     jobs = [(size, kind) for kind in LEARNED.items() for size in o.learned]
     with tqdm(total=len(jobs) * len(fitting), desc="fitting", unit="layer") as bar:
         for (block_size, rank), (family, (summary, linear)) in jobs:
-            options = STOCK_OPTIONS | {"block_size": block_size, "rank": rank, "summary": summary, "far_bias_init": 0.0}
+            options = MultipoleOptions(block_size, rank, summary, far_bias_init=0.0)
             fitted = {}
             for name, tokens in fitting.items():
                 torch.manual_seed(0)

@@ -27,7 +27,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_multipole import convert
 from hf_multipole.integration.measurement import layer_errors, with_attention
-from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import first_files, pack, standard_library
 
@@ -109,7 +108,7 @@ def untrained(base: Path, held_out, path: Path) -> dict:
     """Means in place of learned summaries, for all block sizes and ranks: bits per byte, and the error of the attention output."""
     if not path.is_file():
         model = AutoModelForCausalLM.from_pretrained(base).eval()
-        settings = [STOCK_OPTIONS | {"block_size": m, "rank": p} for m in BLOCK_SIZES for p in RANKS if p <= m // 2]
+        settings = [{"block_size": m, "rank": p} for m in BLOCK_SIZES for p in RANKS if p <= m // 2]
         errors = layer_errors(model, held_out[: 4 * CONTEXT].view(-1, CONTEXT), settings)
         grid = []
         for options, found in zip(tqdm(settings, desc="untrained", unit="setting"), errors):

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM, convert, revert
-from hf_multipole.modeling.configuration_multipole import TENSOR_OPTIONS, tensor_options
+from hf_multipole.modeling.configuration_multipole import tensor_options
+from hf_multipole.modeling.options import TensorOptions
 from hf_multipole.training.models import converted as run_converted
 from tests.helpers.conversion_runs import saved
 from tests.helpers.stock_models import CLOSE, GROUPED, IMAGES, auto_class_of, build, tokens
@@ -109,7 +110,7 @@ def test_options(ids, tmp_path):
     model.config.multipole = {"tensor_order": 2, "tensor_score_dim": 5, "block_size": 8}
     convert(model, "tensor", layers=[1], tensor_order=4, tensor_window=(2, None, 3), tensor_entry_bound=2.0)
     expected = {"block_size": 8, "layers": [1], "tensor_score_dim": 5, "tensor_order": 4, "tensor_window": [2, None, 3]}
-    assert model.config.multipole == TENSOR_OPTIONS | {"tensor_entry_bound": 2.0} | expected
+    assert model.config.multipole == TensorOptions().outside("stock") | {"tensor_entry_bound": 2.0} | expected
     assert [hasattr(layer.self_attn, "tensor_branch") for layer in model.model.layers] == [False, True]
     branch = model.model.layers[1].self_attn.tensor_branch
     assert branch.indices == 3 and branch.query_map.shape == (4, 8, 5) and branch.key_norm.bound == 2
@@ -118,7 +119,7 @@ def test_options(ids, tmp_path):
     for options in ({}, {"tensor_method": "polynomial"}):
         model = convert(stock(), "tensor", **options)
         own = MultipoleConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, layer_types=["tensor_attention"], **options)
-        assert tensor_options(model.config, 8) == {name: getattr(own, name) for name in TENSOR_OPTIONS}
+        assert tensor_options(model.config, 8) == tensor_options(own, 8)
 
 
 def test_layers_that_were_left_exact(ids):
@@ -242,7 +243,7 @@ def test_masks_move():
 
 def test_a_section_of_a_training_configuration():
     model = run_converted(stock(), {"kind": "tensor", "tensor_window": [2, 4], "layers": [1]})
-    assert len(branches(model)) == 1 and branches(model)[0].options["window"] == [2, 4]
+    assert len(branches(model)) == 1 and branches(model)[0].options.window == (2, 4)
     with pytest.raises(ValueError, match="unknown key 'tensor_windw'; did you mean 'tensor_window'"):
         run_converted(stock(), {"kind": "tensor", "tensor_windw": [2, 4]})
 
@@ -277,7 +278,7 @@ def with_options(options):
         (stock, {"tensor_order": 2.0}, "tensor_order is 2.0, but must be at least 2"),
         (stock, {"tensor_method": "taylor"}, "tensor_method is 'taylor', but must be 'exact' or 'polynomial'"),
         (stock, {"tensor_window": [4]}, r"tensor_window is \[4\], but must have one width, or None, for each of the 2 keys"),
-        (stock, {"tensor_window": 4}, "tensor_window is 4, but must have one width"),
+        (stock, {"tensor_window": 4}, "tensor_window is 4, but must be a list of widths"),
         (stock, {"tensor_window": [4, 4], "tensor_method": "polynomial"}, "tensor_window belongs to method='exact'"),
         (stock, {"tensor_degree": 3}, "tensor_degree belongs to method='polynomial'"),
         (stock, {"tensor_entry_bound": -1.0}, "tensor_entry_bound is -1.0, but must be a positive number"),

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from hf_multipole import MultipoleConfig, MultipoleModel
 from hf_multipole.modeling.hierarchy import level_count
+from hf_multipole.modeling.options import TensorOptions
 
 EVERY_FIELD = dict(
     vocab_size=99,
@@ -84,7 +85,7 @@ def test_every_field_reaches_the_model():
     assert [weight.shape for weight in multipole.far_field.value_summary.levels][1] == (2, 2, 32, 10)
     assert tensor.q_proj.weight.shape == (30, 48) and tensor.k_proj.weight.shape == (30, 48) and tensor.v_proj.weight.shape == (60, 48)
     assert tensor.k_norm.weight.shape == (6, 1, 5) and tensor.q_norm.bound == 1.5 and tensor.k_proj.bias is not None
-    assert tensor.options == {"method": "exact", "window": [3, None, 20]}
+    assert tensor.options == TensorOptions(4, window=(3, None, 20), entry_bound=1.5, score_dim=5)
     assert model.layers[0].mlp.gate_proj.weight.shape == (80, 48) and model.norm.eps == 1e-5
 
 

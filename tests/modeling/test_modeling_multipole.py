@@ -17,6 +17,7 @@ from hf_multipole import (
     MultipoleModel,
 )
 from hf_multipole.modeling.learned import FarField
+from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.reference import multipole_attention_reference
 from tests.helpers.tiny_models import (
     AUTO_CLASSES,
@@ -394,6 +395,5 @@ def test_rows_longer_than_those_of_training(spy, far_bias_init):
 
 def test_a_far_bias_that_serves_all_further_levels():
     """Where no length is known, all levels are trained."""
-    options = {"far_bias_init": -1.0, "block_size": BLOCK, "rank": RANK, "summary": "mean", "size_weighting": True}
-    far_field = FarField(options, 4, 2, 8, None)
+    far_field = FarField(MultipoleOptions(BLOCK, RANK, far_bias_init=-1.0), 4, 2, 8, None)
     assert far_field.max_levels is None and far_field().shape == (4, 1)

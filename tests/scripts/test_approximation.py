@@ -10,7 +10,6 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_multipole import MultipoleForCausalLM, MultipoleForMaskedLM
 from hf_multipole.integration.measurement import replaced_attention
-from hf_multipole.modeling.configuration_multipole import STOCK_OPTIONS
 from hf_multipole.modeling.hierarchy import level_count
 from hf_multipole.modeling.multipole_attention import aligned_attention
 from hf_multipole.modeling.multipole_rows import Call
@@ -179,7 +178,7 @@ def test_fit(summary, linear, causal):
     """From the error of means to a smaller one; a bias alone serves all rows alike, so that these are the rows that it was fitted to."""
     q, k, v = (2 * x for x in tokens(64))
     exact = baselines.exact(q, k, v, causal, SCALE)
-    options = STOCK_OPTIONS | {"block_size": 8, "rank": 2, "summary": summary, "far_bias_init": 0.0}
+    options = MultipoleOptions(8, 2, summary, far_bias_init=0.0)
     with torch.random.fork_rng():
         far_field = approximation.fit(SimpleNamespace(fit_steps=30), (q, k, v, causal, SCALE), exact, options, linear)
     sizes = (q, k, v, causal, SCALE, 8, 2, linear)
