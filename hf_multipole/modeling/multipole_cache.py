@@ -21,6 +21,8 @@ from .configuration_multipole import multipole_options
 from .hierarchy import check_rows
 from .multipole_state import MultipoleState
 from .shared_query_state import LinearState
+from .state_attention import AttendOptions
+from .state_slots import Layout
 from .summaries import DirectSummary, MeanSummary
 
 # Tokens that can be taken back (assisted decoding), rounded up to whole blocks.
@@ -130,7 +132,7 @@ class _StateLayer:
         state = self.state
         if state is None:
             return
-        if (state.block_size, state.rank, state.direct, state.linear) != (block_size, rank, direct, linear):
+        if (state.layout.block_size, state.layout.rank, state.direct, state.linear) != (block_size, rank, direct, linear):
             raise ValueError(
                 "the cache was filled by another model: its block_size, rank, kind of summary or kind of layer differ; use a new cache"
             )
@@ -150,11 +152,11 @@ class _StateLayer:
         if state is None:
             # Room for those of training; where these are not known, it grows.
             levels = len(key_summary.levels) if direct else 1 if max_levels is None else max_levels
-            arguments = (k, v, block_size, rank, levels, self.rollback, direct, rotary is not None, max_levels)
-            state = LinearState(q, *arguments) if downsample_queries else MultipoleState(*arguments)
+            layout = Layout.for_rollback(block_size, rank, self.rollback)
+            kind = LinearState if downsample_queries else MultipoleState
+            state = kind(q, k, v, layout, levels, direct=direct, rotated=rotary is not None, max_levels=max_levels)
         means = MeanSummary(block_size, rank)
-        summaries = {"key_summary": key_summary or means, "value_summary": value_summary or means}
-        out = state.attend(q, k, v, new, rotary=rotary, **summaries, **options)
+        out = state.attend(q, k, v, new, AttendOptions(key_summary or means, value_summary or means, rotary=rotary, **options))
         self.state, self.is_initialized = state, True
         return out
 
@@ -452,7 +454,7 @@ class MultipoleCache(DynamicCache):
             else:
                 kind = LinearState if "far" in own else MultipoleState
                 layer.state, layer.is_initialized = kind.restored(description, own), True
-                layer.rollback = layer.state.spare * layer.state.block_size
+                layer.rollback = layer.state.layout.spare * layer.state.layout.block_size
         return cache
 
 

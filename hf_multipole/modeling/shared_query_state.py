@@ -1,6 +1,8 @@
 """Generation state of the O(n) form of multipole attention: that of the other form, and the far results of the last segments."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch import nn
 from .multipole_attention import attend_segments
 from .multipole_state import MultipoleState
 from .shared_query_torch import HIDDEN, merge, partial_softmax
+from .state_attention import AttendOptions, Grid, StepBias, attend_slots_on_gpu
 
 
 class LinearState(MultipoleState):
@@ -17,13 +20,13 @@ class LinearState(MultipoleState):
 
     linear = True
 
-    def __init__(self, query, key, value, *args):
-        super().__init__(key, value, *args)
-        self.segments = self.spare * self.rank + 1  # those of the blocks that can be taken back, and of the next token
+    def __init__(self, q, k, v, *args, **kwargs):
+        super().__init__(q, k, v, *args, **kwargs)
+        self.segments = self.layout.spare * self.layout.rank + 1  # those of the blocks that can be taken back, and of the next token
         with torch.inference_mode(False):
-            self.far = self._nothing((len(query), query.shape[1], self.levels, self.segments))
+            self.far = self._nothing(*q.shape[:2], self.levels, self.segments)
 
-    def _nothing(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def _nothing(self, *shape: int) -> torch.Tensor:
         far = self.values.slots.new_zeros(*shape, self.values.slots.shape[-1] + 1)
         far[..., -1] = HIDDEN
         return far
@@ -37,7 +40,7 @@ class LinearState(MultipoleState):
     @classmethod
     def restored(cls, description: dict, tensors: dict[str, torch.Tensor]) -> "LinearState":
         state = super().restored(description, tensors)
-        state.far = tensors["far"]
+        state.segments, state.far = description["segments"], tensors["far"]
         return state
 
     def select(self, index: torch.Tensor) -> None:
@@ -51,10 +54,11 @@ class LinearState(MultipoleState):
         if missing:
             # No token so far is long enough to see anything of the new level.
             with torch.inference_mode(False):
-                self.far = torch.cat([self.far, self._nothing((*self.far.shape[:2], missing, self.segments))], 2)
+                self.far = torch.cat([self.far, self._nothing(*self.far.shape[:2], missing, self.segments)], 2)
 
     def _width(self, level: int) -> int:
-        return (self.block_size << level) // self.rank
+        """Tokens of a segment."""
+        return (self.layout.block_size << level) // self.layout.rank
 
     def _keep_segments(self, rows, level: int, last: int, far: torch.Tensor) -> None:
         """Keeps the newest of the segments ``(rows, heads, segments, value_dim + 1)`` that end before segment ``last``."""
@@ -65,84 +69,89 @@ class LinearState(MultipoleState):
         else:
             self.far[rows[:, None], :, level, slots] = far.transpose(1, 2)
 
-    def _results(self, level: int, q, segment, far: list, begin: int, call) -> tuple[torch.Tensor, torch.Tensor]:
-        """Far results, of this level alone, of segments with numbers ``(segments,)`` and queries ``(rows, heads, segments, dim)``.
-
-        far: keys and values of the groups of the level, ``(rows, kv_heads, groups * rank, dim)``, from group ``begin`` on.
-        """
-        dtype, kv_heads, device = self.values.slots.dtype, far[0].shape[1], q.device
-        q = q.to(dtype).unflatten(1, (kv_heads, -1)).transpose(2, 3)
-        own = segment[:, None] // self.rank
+    def _results(self, level: int, segment: torch.Tensor, grid: Grid, options: AttendOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Far results, of this level alone, of the segments of a grid with numbers ``(segments,)``: mean and log-sum-exp."""
+        dtype, kv_heads, rank, device = self.values.slots.dtype, grid.k.shape[1], self.layout.rank, segment.device
+        width = self._width(level)
+        # Queries are the first tokens of the segments.
+        q = grid.new[:, :, -(-grid.past // width) * width - grid.past :: width].to(dtype).unflatten(1, (kv_heads, -1)).transpose(2, 3)
+        own = segment[:, None] // rank
         group = 2 * (own // 2 - 1) + torch.arange(2, device=device)
-        seen = ((group >= 0) & (own - group >= 2)).repeat_interleave(self.rank, 1)[:, None]
-        bias = torch.tensor(math.log(self._width(level)) if call.size_weighting else 0.0, dtype=dtype, device=device)
-        if call.far_bias is not None:
-            bias = bias + call.far_bias[:, min(level, call.far_bias.shape[1] - 1)].to(dtype).view(kv_heads, 1, -1, 1)
+        seen = ((group >= 0) & (own - group >= 2)).repeat_interleave(rank, 1)[:, None]
+        bias = torch.tensor(math.log(width) if options.size_weighting else 0.0, dtype=dtype, device=device)
+        if options.far_bias is not None:
+            bias = bias + options.far_bias[:, min(level, options.far_bias.shape[1] - 1)].to(dtype).view(kv_heads, 1, -1, 1)
         bias = torch.where(seen, bias, HIDDEN).clamp(min=HIDDEN)
-        listed = (group - begin).clamp(min=0)
-        k, v = (x.to(dtype).unflatten(2, (-1, self.rank))[:, :, listed].flatten(3, 4) for x in far)
-        mean, total = partial_softmax(q, k, v, bias, call.scale, call.softcap)
+        listed = (group - grid.begins[level]).clamp(min=0)
+        k, v = (x[level].to(dtype).unflatten(2, (-1, rank))[:, :, listed].flatten(3, 4) for x in (grid.far_k, grid.far_v))
+        mean, total = partial_softmax(q, k, v, bias, options.scale, options.softcap)
         return mean.transpose(2, 3).flatten(1, 2), total.transpose(2, 3).flatten(1, 2)
 
-    def _attend_grid(self, rows, past, q, padded, far, begins, call, writes):
-        m, n = self.block_size, past + q.shape[2]
-        grid = range(max(0, past // m - 1) * self.rank, -(-n // m) * self.rank)  # segments of level 1
-        merged, known = self._nothing((*q.shape[:2], len(grid))), grid.start  # of the level above, from its segment ``known`` on
+    def _attend_grid(self, grid: Grid, call) -> tuple[torch.Tensor, list[Callable]]:
+        m, rank, past, n = self.layout.block_size, self.layout.rank, grid.past, grid.past + grid.new.shape[2]
+        whole = range(max(0, past // m - 1) * rank, -(-n // m) * rank)  # segments of level 1
+        merged, known = self._nothing(*grid.q.shape[:2], len(whole)), whole.start  # of the level above, from its segment ``known`` on
+        writes: list[Callable] = []
         for level in reversed(range(self.levels)):
             width = self._width(level)
             begin, fresh, end = past // width, -(-past // width), -(-n // width)
-            segment = torch.arange(fresh, end, device=q.device)
-            new = self._nothing((*q.shape[:2], len(segment)))
-            if level + 1 < len(far[0]) and end > fresh:
-                results = self._results(
-                    level, q[:, :, fresh * width - past :: width], segment, [x[level + 1] for x in far], begins[level], call
-                )
+            segment = torch.arange(fresh, end, device=grid.q.device)
+            new = self._nothing(*grid.q.shape[:2], len(segment))
+            if level < len(grid.far_k) and end > fresh:
+                results = self._results(level, segment, grid, call.options)
                 if level + 1 < self.levels:
                     above = merged[:, :, segment // 2 - known]
                     results = merge(results, (above[..., :-1], above[..., -1]))
                 new = torch.cat([results[0], results[1][..., None]], -1)
             if end > fresh:
-                writes.append((self._keep_segments, rows, level, end, new))
+                writes.append(partial(self._keep_segments, grid.rows, level, end, new))
             if begin < fresh:
-                held = self.far[slice(None) if rows is None else rows, :, level, begin % self.segments]
+                held = self.far[slice(None) if grid.rows is None else grid.rows, :, level, begin % self.segments]
                 new = torch.cat([held[:, :, None], new], 2)
             merged, known = new, begin
-        around = (known - grid.start, grid.stop - known - merged.shape[2])
+        around = (known - whole.start, whole.stop - known - merged.shape[2])
         mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
-        return attend_segments(*padded, mean, total, None, m, self._operator_call(call), call.kernels)
+        operator_call = call.options.operator_call(self.layout)
+        return attend_segments(grid.q, grid.k, grid.v, mean, total, None, m, operator_call, call.kernels), writes
 
-    def _begin_segments(self, q, past: list[int], call, bias: torch.Tensor | None = None) -> None:
-        """Far results of the segments, of whichever level and row, whose first token this is; bias: as from ``_step_bias``."""
-        if not self.levels or all(length % self._width(0) for length in past):
-            return
-        if bias is None:
-            bias = self._visible(past, q.shape[1] * q.shape[2], call).unflatten(1, q.shape[1:3])
+    def _begin_segments(self, q, bias: torch.Tensor, past: list[int], options: AttendOptions) -> None:
+        """Far results of the segments, of whichever level and row, whose first token this is."""
         length = torch.tensor(past, device=q.device)[:, None]
         width = self._width(0) << torch.arange(self.levels, device=q.device)
         begins, slot = length % width == 0, length // width % self.segments  # (batch, levels)
-        k, v = (x.slots[:, :, self.ring :].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
-        bias = bias[..., self.ring :].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
-        results = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, bias, call.scale, call.softcap)
+        ring = self.layout.ring
+        k, v = (x.slots[:, :, ring:].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
+        bias = bias[..., ring:].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
+        results = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, bias, options.scale, options.softcap)
         mean, total = (x.detach().transpose(2, 3).flatten(1, 2) for x in results)  # (batch, heads, levels, ...)
-        merged, row = self._nothing(mean.shape[:2]), torch.arange(len(past), device=q.device)
+        merged, row = self._nothing(*mean.shape[:2]), torch.arange(len(past), device=q.device)
         for level in reversed(range(self.levels)):
             at = (row, slice(None), level, slot[:, level])
             new = merge((mean[:, :, level], total[:, :, level]), (merged[..., :-1], merged[..., -1]))
             merged = torch.where(begins[:, level, None, None], torch.cat([new[0], new[1][..., None]], -1), self.far[at])
             self.far[at] = merged
 
-    def _attend_slots_on_gpu(self, q, past, call):
-        self._begin_segments(q.unflatten(1, (self.keys.slots.shape[1], -1)).to(self.keys.slots.dtype), past, call)
-        return super()._attend_slots_on_gpu(q, past, call, self.far[:, :, 0] if self.levels else None)
+    def _begins(self, past: list[int]) -> bool:
+        """Whether the token after ``past`` others begins a segment, in any row."""
+        return self.levels > 0 and any(length % self._width(0) == 0 for length in past)
+
+    def _attend_on_gpu(self, q, past, call):
+        if self._begins(past):
+            grouped = q.unflatten(1, (self.keys.slots.shape[1], -1)).to(self.keys.slots.dtype)
+            bias = StepBias(self.layout).of(past, self.keys, q.shape[1], call.options)
+            self._begin_segments(grouped, bias, past, call.options)
+        return attend_slots_on_gpu(q, self.keys, self.values, past, call.options, self.far[:, :, 0] if self.levels else None)
 
     def _attend_slots(self, q, bias, past, call):
-        near = q @ self.keys.slots[:, :, : self.ring, : q.shape[-1]].transpose(2, 3) * call.scale
-        if call.softcap is not None:
-            near = call.softcap * torch.tanh(near / call.softcap)
-        near, values = near + bias[..., : self.ring], self.values.slots[:, :, : self.ring]
+        ring, options = self.layout.ring, call.options
+        near = q @ self.keys.slots[:, :, :ring, : q.shape[-1]].transpose(2, 3) * options.scale
+        if options.softcap is not None:
+            near = options.softcap * torch.tanh(near / options.softcap)
+        near, values = near + bias[..., :ring], self.values.slots[:, :, :ring]
         if not self.levels:
             return torch.softmax(near, -1) @ values
-        self._begin_segments(q, past, call, bias)
+        if self._begins(past):
+            self._begin_segments(q, bias, past, options)
         slots = [length // self._width(0) % self.segments for length in past]
         rows, slot = (slice(None), slots[0]) if len(set(slots)) == 1 else (range(len(slots)), slots)
         far = self.far[rows, :, 0, slot].unflatten(1, q.shape[1:3])

@@ -1,4 +1,4 @@
-"""The GPU kernel of a decoding step: attention of one more token in every row on the slots of multipole_state.py."""
+"""The GPU kernel of a decoding step: attention of one more token in every row on the slots of state_slots.py."""
 
 import math
 from typing import NamedTuple

@@ -33,6 +33,8 @@ from hf_multipole import MultipoleCache, MultipoleConfig, MultipoleForCausalLM
 from hf_multipole.modeling.hierarchy import level_count
 from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
 from hf_multipole.modeling.shared_query_state import LinearState
+from hf_multipole.modeling.state_attention import AttendOptions
+from hf_multipole.modeling.state_slots import Layout
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from scripts.benchmarks import cost_model
 from scripts.benchmarks.attention import machine, yardsticks
@@ -62,19 +64,19 @@ def steps(o, context: int, batch: int, bar) -> dict:
     """Seconds of a step and bytes of the state, of each kind, with ``context`` tokens behind in each of ``batch`` rows."""
     torch.manual_seed(0)
     key_summary, value_summary = (HierarchicalSummary(o.block_size, o.rank, o.heads, o.head_dim) for _ in range(2))
-    options = {"key_summary": key_summary, "value_summary": value_summary, "size_weighting": True, "far_bias": None}
-    options |= {"softcap": None, "scale": None, "rotary": None}
+    options = AttendOptions(key_summary, value_summary)
     chunk = min(context, 16384)
     keys, values = (torch.empty(1, o.heads, context, o.head_dim) for _ in range(2))
     token = torch.randn(1, o.heads, 1, o.head_dim)
-    sizes = (o.block_size, o.rank, level_count(context, o.block_size), o.block_size, False)
-    states = {"multipole": MultipoleState(token, token, *sizes), "multipole_linear": LinearState(token, token, token, *sizes)}
+    layout, levels = Layout(o.block_size, o.rank, spare=1), level_count(context, o.block_size)
+    kinds = {"multipole": MultipoleState, "multipole_linear": LinearState}
+    states = {name: kind(token, token, token, layout, levels) for name, kind in kinds.items()}
     for start in range(0, context, chunk):
         part = slice(start, min(context, start + chunk))
         for x in (keys, values):
             x[:, :, part].normal_()
         for state in states.values():
-            state.attend(*(x[:, :, part] for x in (values, keys, values)), [NewTokens(0, part.stop - start)], **options)
+            state.attend(*(x[:, :, part] for x in (values, keys, values)), [NewTokens(0, part.stop - start)], options)
         bar.update(part.stop - start)
     for state in states.values():
         state.select(torch.zeros(batch, dtype=torch.long))  # the same row again and again, each in its own memory
@@ -90,7 +92,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
         at = (at + 1) % ring[0].shape[2]
         return F.scaled_dot_product_attention(token, *ring)
 
-    calls = {kind: (lambda state=state: state.attend(token, token, token, new, **options)) for kind, state in states.items()}
+    calls = {kind: (lambda state=state: state.attend(token, token, token, new, options)) for kind, state in states.items()}
     calls |= {"local": local, "linear": lambda: peers.linear_step(token, token, token, sums)}
     calls["full"] = lambda: F.scaled_dot_product_attention(token, keys, values)
     counts = dict.fromkeys(calls, 2 * o.block_size) | {"full": max(1, min(64, 2**22 // (context * batch)))}

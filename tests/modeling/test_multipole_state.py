@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from hf_multipole import MultipoleCache
-from hf_multipole.modeling.multipole_state import MultipoleState
+from hf_multipole.modeling.state_attention import StepBias
 from tests.helpers.cache_runs import KINDS, LINEAR, run, states
 from tests.helpers.tiny_models import BLOCK, CLOSE, HYBRID, RANK, TOKENS, build, same_weights, tokens
 
@@ -149,7 +149,7 @@ def test_the_size_does_not_grow(kind):
 def test_what_a_token_sees_is_worked_out_once_a_block(monkeypatch, trained):
     """On rows that are longer than those of training, too; and anew for another far bias."""
     found = []
-    monkeypatch.setattr(MultipoleState, "_visible", lambda *args, original=MultipoleState._visible: found.append(1) or original(*args))
+    monkeypatch.setattr(StepBias, "_visible", lambda *args, original=StepBias._visible: found.append(1) or original(*args))
     model = build(max_position_embeddings=trained)
     ids = tokens(n=150)
     _, cache = run(model, ids, [10 * BLOCK])

@@ -16,6 +16,8 @@ from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
 from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.shared_query_state import LinearState
+from hf_multipole.modeling.state_attention import AttendOptions
+from hf_multipole.modeling.state_slots import Layout
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from scripts.benchmarks import cost_model
 from scripts.benchmarks.cost_model import Layer
@@ -108,12 +110,10 @@ def test_memory_is_that_of_the_tensors():
 def test_state_of_a_decoding_step(kind, n):
     heads, kv_heads, dim, m, rank = 4, 2, 8, 16, 2
     q, k = torch.randn(3, heads, n, dim), torch.randn(3, kv_heads, n, dim)
-    arguments = (q, k, k) if kind is LinearState else (k, k)
-    state = kind(*arguments, m, rank, level_count(n + 1, m), m, False)
+    state = kind(q, k, k, Layout(m, rank, spare=1), level_count(n + 1, m))
     key, value = (HierarchicalSummary(m, rank, kv_heads, dim) for _ in range(2))
-    options = {"key_summary": key, "value_summary": value, "size_weighting": True, "far_bias": None, "softcap": None, "scale": None}
     with torch.no_grad():
-        state.attend(q, k, k, [NewTokens(0, n)] * 3, **options, rotary=None)
+        state.attend(q, k, k, [NewTokens(0, n)] * 3, AttendOptions(key, value))
     layer = Layer(n, 3, heads, kv_heads, dim, block_size=m, rank=rank)
     cost = cost_model.decode("multipole_linear" if kind is LinearState else "multipole", layer)
     assert cost.memory == sum(x.nbytes for x in state.tensors().values())

@@ -1,0 +1,131 @@
+"""Attention on a generation state: of new tokens in whole blocks, and of one more token on all slots at once."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .hierarchy import far_columns
+from .multipole_attention import Listing, attend_blocks, list_summaries, run_kernels
+from .multipole_rows import Call
+from .options import MultipoleOptions
+from .state_slots import Layout, Rings
+from .summaries import compute_dtype
+
+
+class AttendOptions(NamedTuple):
+    """What attention on a state depends on beside tokens: as in :func:`multipole_attention`."""
+
+    key_summary: nn.Module
+    value_summary: nn.Module
+    size_weighting: bool = True
+    far_bias: torch.Tensor | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    rotary: Callable | None = None  # (x, positions) -> x: k then holds the rotated keys and, behind them, the plain ones
+
+    def operator_call(self, layout: Layout) -> Call:
+        """The same for the operators on blocks."""
+        options = MultipoleOptions(block_size=layout.block_size, rank=layout.rank, size_weighting=self.size_weighting)
+        return Call(options, far_bias=self.far_bias, softcap=self.softcap, scale=self.scale)
+
+
+class Grid(NamedTuple):
+    """New tokens of rows that have as many behind them, in whole blocks from the one before theirs on."""
+
+    rows: torch.Tensor | None  # their numbers in the batch, or None for all
+    past: int  # tokens behind the new ones
+    new: torch.Tensor  # (rows, heads, n, dim), the new queries alone
+    q: torch.Tensor  # (rows, heads, slots, dim)
+    k: torch.Tensor  # (rows, kv_heads, slots, dim)
+    v: torch.Tensor  # (rows, kv_heads, slots, value_dim)
+    far_k: list[torch.Tensor]  # (rows, kv_heads, groups * rank, dim) of each level
+    far_v: list[torch.Tensor]
+    begins: list[int]  # the first of these groups, of each level
+
+
+def attend_grid(grid: Grid, layout: Layout, options: AttendOptions, kernels: bool) -> torch.Tensor:
+    """Attention in the blocks of a grid, ``(rows, heads, slots, value_dim)``."""
+    m, rank, device = layout.block_size, layout.rank, grid.q.device
+    first, n = max(0, grid.past // m - 1), grid.past + grid.new.shape[2]
+    counts = [groups.shape[2] // rank for groups in grid.far_k]
+    none = [x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=compute_dtype(x.dtype)) for x in (grid.k, grid.v)]
+    blocks = (grid.q, grid.k, grid.v, *(torch.cat([empty, *far], 2) for empty, far in zip(none, (grid.far_k, grid.far_v))))
+    call = options.operator_call(layout)
+    if kernels:
+        return run_kernels(*blocks, Listing(grid.begins[: len(counts)], counts, m, rank, first), call)[0]
+    # Listed are the groups from ``begins`` on, one level after another.
+    table = [(begin, count, sum(counts[:level])) for level, (begin, count) in enumerate(zip(grid.begins, counts))]
+    columns = far_columns(n, m, len(counts), True, first, device)
+    begin, count, before = torch.tensor(table, device=device).reshape(-1, 3).long()[columns.level - 1].unbind(1)
+    columns = columns._replace(row=(columns.first // columns.width - begin).clamp(min=0).minimum(count - 1) + before)
+    return attend_blocks(*blocks[:3], list_summaries(*blocks[3:], columns, columns.hidden[None], rank, call), None, m, call)
+
+
+class StepBias:
+    """What is added to the logits of one more token in every row, -inf at slots that it does not see: worked out once a block."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called where rows changed by more than one token each."""
+        self._bias: torch.Tensor | None = None
+        self._options: tuple = ()
+
+    def of(self, past: list[int], rings: Rings, heads: int, options: AttendOptions) -> torch.Tensor:
+        """Of the token after ``past`` others of each row, ``(batch or 1, kv_heads, repeats, slots)``; its own slot is seen."""
+        size, far_bias = options.size_weighting, options.far_bias
+        if self._bias is None or not self._same(heads, size, far_bias) or any(length % self.layout.block_size == 0 for length in past):
+            self._bias = self._visible([past[0]] if len(set(past)) == 1 else past, rings, heads, options)
+            self._options = heads, size, None if far_bias is None else far_bias.detach().clone()
+        else:
+            self._bias[self.layout.of_next(past, rings.slots.device)] = 0
+        return self._bias.unflatten(1, (rings.slots.shape[1], -1))
+
+    def _same(self, heads: int, size_weighting: bool, far_bias: torch.Tensor | None) -> bool:
+        *kind, biased_by = self._options
+        if kind != [heads, size_weighting] or biased_by is None or far_bias is None:
+            return kind == [heads, size_weighting] and biased_by is far_bias
+        return torch.equal(biased_by, far_bias)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _visible(self, past: list[int], rings: Rings, heads: int, options: AttendOptions) -> torch.Tensor:
+        """``(rows, heads, slots)``."""
+        layout, device, dtype = self.layout, rings.slots.device, rings.slots.dtype
+        near, seen = layout.seen(torch.tensor(past, device=device), rings.levels)
+        near = torch.where(near, 0.0, -torch.inf).to(dtype)[:, None].expand(-1, heads, -1)
+        level = torch.arange(rings.levels, device=device).repeat_interleave(layout.groups)
+        width = layout.block_size << level
+        far = (width.to(dtype) / layout.rank).log() if options.size_weighting else torch.zeros_like(width, dtype=dtype)
+        if options.far_bias is not None:
+            far = far + options.far_bias.to(dtype)[:, level.clamp(max=options.far_bias.shape[1] - 1)]
+        far = torch.where(seen[:, None], far, -torch.inf).expand(-1, heads, -1)
+        return torch.cat([near, far.repeat_interleave(layout.rank, -1)], -1)
+
+
+def attend_slots(q: torch.Tensor, keys: Rings, values: Rings, bias: torch.Tensor, options: AttendOptions) -> torch.Tensor:
+    """Attention of one token a row on all slots, ``(batch, kv_heads, repeats, dim)``; bias: as from :class:`StepBias`."""
+    k, v = keys.slots[..., : q.shape[-1]], values.slots
+    if options.softcap is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=options.scale)
+    logits = options.softcap * torch.tanh(q @ k.transpose(2, 3) * options.scale / options.softcap) + bias
+    return torch.softmax(logits, -1) @ v
+
+
+def attend_slots_on_gpu(
+    q: torch.Tensor, keys: Rings, values: Rings, past: list[int], options: AttendOptions, far: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of one token a row, ``(batch, heads, dim)``, after ``past`` others; far: see the kernel, in place of the summaries."""
+    from .state_triton import step
+
+    layout = keys.layout
+    lengths = None if len(set(past)) == 1 else torch.tensor(past, dtype=torch.int32, device=q.device)
+    far_bias = None if options.far_bias is None else options.far_bias.float()
+    seen = slice(None if far is None else layout.ring)
+    tokens = q, keys.slots[:, :, seen, : q.shape[-1]], values.slots[:, :, seen]
+    sizes = layout.ring, layout.groups, layout.block_size, layout.rank
+    return step(*tokens, lengths, past[0], far_bias, far, *sizes, options.size_weighting, options.scale, options.softcap)
