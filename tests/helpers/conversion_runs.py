@@ -1,10 +1,14 @@
 """What the tests of conversions do with converted models: save them, train them, and train them on two processes."""
 
-import subprocess
-import sys
+import os
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hf_multipole  # noqa: F401, its names are registered
+from tests.helpers.processes import on_ranks
 
 
 def saved(model, folder):
@@ -44,39 +48,30 @@ def check_sharded(model, ids, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     torch.save({"ids": ids, "losses": losses, "weights": model.state_dict()}, tmp_path / "expected")
-    script = tmp_path / "sharded.py"
-    script.write_text(_SHARDED)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert on_ranks(2, _sharded, str(tmp_path)) == [0, 0]
 
 
-_SHARDED = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
-import hf_multipole
-
-dist.init_process_group("gloo")
-mesh = dist.init_device_mesh("cpu", (2,))
-expected = torch.load(sys.argv[1] + "/expected")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model", dtype=torch.float64)
-for layer in model.model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-row = expected["ids"][dist.get_rank()][None]
-optimizer = torch.optim.SGD(model.parameters(), 0.1)
-for reference in expected["losses"]:
-    loss = model(row, labels=row, use_cache=False).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    assert abs(total.item() / 2 - reference) < 1e-9, (total, reference)
-for name, parameter in model.named_parameters():
-    torch.testing.assert_close(parameter.full_tensor().detach(), expected["weights"][name], atol=1e-10, rtol=1e-8)
-dist.destroy_process_group()
-"""
+def _sharded(environment, folder):
+    os.environ |= environment
+    dist.init_process_group("gloo")
+    mesh = dist.init_device_mesh("cpu", (2,))
+    expected = torch.load(f"{folder}/expected")
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float64)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    row = expected["ids"][dist.get_rank()][None]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for reference in expected["losses"]:
+        loss = model(row, labels=row, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        assert abs(total.item() / 2 - reference) < 1e-9, (total, reference)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.full_tensor().detach(), expected["weights"][name], atol=1e-10, rtol=1e-8)
+    # A rank that leaves while the other one still speaks to it makes that one abort.
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,13 +1,10 @@
 """Short training runs, in this process or in one that dies on its way."""
 
 import json
-import multiprocessing.forkserver
 import os
 import random
 import resource
-import runpy
 import signal
-import socket
 import sys
 import unittest.mock
 from importlib.util import find_spec
@@ -17,6 +14,7 @@ import torch
 from hf_multipole.training import checkpoints
 from hf_multipole.training.run import run
 from hf_multipole.training.trainer import LanguageModelTrainer
+from tests.helpers.processes import JOIN, ranks, start
 
 SMALL = "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, block_size: 8, rank: 2, attention_dropout: 0.1}"
 
@@ -68,7 +66,6 @@ def _die():
 
 def _train_with_a_fault(command, masked, fault, at, log, environment):
     """The script, until its process is killed: in a step, in the middle of a file, or before the marker is in its place."""
-    torch.set_num_threads(1)
     os.environ |= environment
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     save_model = LanguageModelTrainer.save_model
@@ -113,32 +110,12 @@ def _train_with_a_fault(command, masked, fault, at, log, environment):
         os._exit(1 if error.code else 0)
 
 
-def start(target, *arguments):
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, in the server that all of these processes come from; it takes its path from the environment.
-    context.set_forkserver_preload(["training_runs"])
-    with unittest.mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        multiprocessing.forkserver.ensure_running()
-    process = context.Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
 def train_in_a_process(command, log, fault=None, at=None, masked=False):
     """Runs the script in a new process; returns its exit code and what it wrote."""
     process = start(_train_with_a_fault, command, masked, fault, at, str(log), {})
-    process.join(120)
+    process.join(JOIN)
     assert process.exitcode is not None, "the run does not end"
     return process.exitcode, log.read_text()
-
-
-def ranks(count):
-    """What a launcher tells each of ``count`` processes of a run on the CPU."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} for rank in range(count)]
 
 
 def train_in_two_processes(command, log, fault=None, at=None, masked=False):
@@ -146,27 +123,12 @@ def train_in_two_processes(command, log, fault=None, at=None, masked=False):
     logs = [log, log.with_name(log.name + "-1")]
     arguments = zip((fault, None), logs, ranks(2))
     both = [start(_train_with_a_fault, command, masked, fault, at, str(log), names) for fault, log, names in arguments]
-    both[0].join(120)
+    both[0].join(JOIN)
     # A launcher ends the others when one has died; left alone, they wait for it.
-    both[1].join(120 if both[0].exitcode == 0 else 0)
+    both[1].join(JOIN if both[0].exitcode == 0 else 0)
     both[1].kill()
     both[1].join()
     return [process.exitcode for process in both], log.read_text()
-
-
-def _run_script(path, argv, environment):
-    torch.set_num_threads(1)
-    os.environ |= environment
-    sys.argv = [path, *argv]
-    runpy.run_path(path, run_name="__main__")
-
-
-def run_script(path, argv, count):
-    """Any script, on ``count`` gloo ranks; returns their exit codes."""
-    processes = [start(_run_script, str(path), [str(part) for part in argv], environment) for environment in ranks(count)]
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
 
 
 def history(folder, step):

@@ -14,7 +14,7 @@ import yaml
 from hf_multipole.training import checkpoints
 from scripts.common import peers
 from scripts.studies import language_modelling as study
-from tests.helpers.commands import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.training_runs import write_texts
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "block_size": 8, "rank": 2}

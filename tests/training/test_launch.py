@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
+from tests.helpers.processes import ROOT, environment, on_ranks, ranks
 from tests.helpers.tiny_models import build, tokens
-from tests.helpers.training_runs import arguments, history, ranks, run_script, start, train, train_in_two_processes, write_texts
+from tests.helpers.training_runs import arguments, history, train, train_in_two_processes, write_texts
 
-ROOT = Path(__file__).parents[2]
 # Without dropout, whose random numbers belong to a process.
 STILL = "{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, block_size: 8, rank: 2}"
 OPTIONS = ["--eval_strategy", "steps", "--eval_steps", "4", "--document_boundaries", "true"]
@@ -66,14 +67,21 @@ def test_two_killed_processes_go_on(texts, tmp_path):
 
 def test_torchrun(texts, tmp_path):
     """The command that is documented."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     few = [*OPTIONS, "--max_steps", "4", "--save_steps", "4"]
     train(arguments(texts, tmp_path / "one", *few, "--per_device_train_batch_size", "2", config=STILL))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", ranks(1)[0]["MASTER_PORT"]]
     command += [str(ROOT / "scripts" / "run_clm.py"), *arguments(texts, tmp_path / "two", *few, config=STILL)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment() | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     same_curve(tmp_path / "one", tmp_path / "two", 4)
+
+
+def _evaluate(environment, argv):
+    os.environ |= environment
+    sys.argv = ["evaluate_lm.py", *argv]
+    runpy.run_module("scripts.evaluate_lm", run_name="__main__")
 
 
 def test_evaluation_on_two_processes(texts, tmp_path):
@@ -83,7 +91,7 @@ def test_evaluation_on_two_processes(texts, tmp_path):
     more = ["--model", tmp_path / "model", "--file", texts, "--context-lengths", 64, "--max-tokens", 7 * 64, "--batch-size", 2]
     for count in (1, 2):
         argv = [*more, "--probes", "needle", "--cases", 3, "--output", tmp_path / f"by-{count}"]
-        assert run_script(ROOT / "scripts" / "evaluate_lm.py", argv, count) == [0] * count
+        assert on_ranks(count, _evaluate, [str(part) for part in argv]) == [0] * count
     one, two = (json.loads((tmp_path / f"by-{count}" / "evaluation.json").read_text()) for count in (1, 2))
     assert one["contexts"]["64"]["tokens"] == two["contexts"]["64"]["tokens"] == 7 * 63
     for name in ("bits_per_byte", "token_accuracy", "loss", "perplexity"):
@@ -98,7 +106,6 @@ def _sharded(environment, folder):
     from torch.distributed.fsdp import fully_shard
 
     os.environ |= environment
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     model = _model()
@@ -138,10 +145,7 @@ def _steps(model, share, average=lambda loss: None):
 
 def test_sharded_weights(tmp_path):
     """fully_shard over two gloo ranks gives the losses and weights of one process, and a checkpoint that loads as any other."""
-    processes = [start(_sharded, environment, str(tmp_path / "sharded")) for environment in ranks(2)]
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert on_ranks(2, _sharded, str(tmp_path / "sharded")) == [0, 0]
     model = _model()
     losses = _steps(model, slice(None))
     torch.testing.assert_close(torch.load(tmp_path / "sharded" / "losses.pt"), losses, rtol=1e-6, atol=1e-6)
