@@ -1,13 +1,13 @@
-"""What a run leaves beside its weights: figures, the loss curve, the attention pattern, a model card."""
+"""What a run leaves beside its weights, but for the pictures: the curve, times, a report, a model card."""
 
 import math
 import shlex
-import time
 from pathlib import Path
 
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch.utils.benchmark import Timer
 from transformers import PreTrainedModel
 
 
@@ -34,110 +34,10 @@ def command(argv: list[str]) -> str:
     return "python " + shlex.join(shown)
 
 
-def plot_curves(curves: dict[str, list[dict[str, float]]], levels: dict[str, float], path: Path, unit: str = "bits per byte") -> None:
-    """Held-out bits per byte, or another ``unit``, against steps, one line a run, with horizontal lines for ``levels``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, points in curves.items():
-        steps, bits = [point["step"] for point in points], [point["bits"] for point in points]
-        (line,) = axes.plot(steps, bits, label=name)
-        axes.annotate(f" {bits[-1]:.2f}", (steps[-1], bits[-1]), color=line.get_color(), va="center", fontsize=9)
-    right = max(point["step"] for points in curves.values() for point in points)
-    for name, level in levels.items():
-        axes.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
-        axes.annotate(name, (right, level), ha="right", va="bottom", color="0.4", fontsize=8)
-    axes.set(xlabel="step", ylabel=f"held-out {unit}")
-    axes.set_ylim(top=min(axes.get_ylim()[1], max(levels.values(), default=8) + 0.7))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_positions(results: dict[str, dict], path: Path) -> None:
-    """Mean loss against the position in the row, one line a name: ``by_position`` of :func:`.evaluation.measure`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, result in results.items():
-        ranges = result["by_position"]
-        axes.plot([(part["from"] + part["to"] - 1) / 2 + 1 for part in ranges], [part["loss"] for part in ranges], label=name)
-    axes.set(xlabel="token in the row", ylabel="loss, nats a token", xscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_reach(probes: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """Recall by context length and distance, a heat map for each probe, four side by side: kind, then context length, then points such
-    as those of :func:`.evaluation.probe`.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns, lines = min(4, len(probes)), -(-len(probes) // 4)
-    height = 1.6 + 0.5 * max(map(len, probes.values()))
-    figure, plots = plt.subplots(lines, columns, figsize=(5.4 * columns, height * lines), squeeze=False)
-    figure.set_layout_engine("constrained")
-    for axes in plots.flat[len(probes) :]:
-        axes.set_axis_off()
-    for axes, (kind, contexts) in zip(plots.flat, probes.items()):
-        distances = sorted({point["distance"] for points in contexts.values() for point in points})
-        table = [[{p["distance"]: p["recall"] for p in points}.get(d, math.nan) for d in distances] for points in contexts.values()]
-        image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        axes.set(xlabel="distance, tokens", ylabel="context", title=kind)
-        axes.set_xticks(range(len(distances)), distances, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(contexts)), contexts)
-    figure.colorbar(image, ax=plots.ravel().tolist(), label="recall")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-@torch.no_grad()
-def plot_attention(model: PreTrainedModel, tokens: torch.Tensor, path: Path) -> None:
-    """Where each query looks, mean over layers and heads: the weight of every token, a summary's spread over its segment.
-
-    tokens: ``(1, n)``; a few hundred, for the picture is n x n.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    config, n = model.config, tokens.shape[1]
-    attentions = [layer for layer in model(tokens, output_attentions=True).attentions if layer is not None]
-    total = torch.zeros(n, n)
-    for weights in attentions:
-        weights = weights[0].float().mean(0).cpu()
-        total += weights[:, :n]
-        column, width = n, config.block_size
-        while n > 2 * width and weights.shape[1] > n:
-            groups, segment = -(-n // width), width // config.rank
-            spread = weights[:, column : column + groups * config.rank].repeat_interleave(segment, 1) / segment
-            total += spread[:, :n]
-            column, width = column + groups * config.rank, 2 * width
-    figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    image = axes.imshow((total / len(attentions)).clamp(min=1e-6).log10().numpy(), cmap="magma", vmin=-5, vmax=0, interpolation="nearest")
-    axes.set(xlabel="token looked at", ylabel="query")
-    figure.colorbar(image, label="attention weight, log10", shrink=0.85)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 @torch.no_grad()
 def measure_scaling(model: PreTrainedModel, longest: int) -> list[dict[str, float]]:
     """Seconds of a forward pass over one row, with the model's own attention and with exact attention on the same weights, for
-    contexts up to ``longest`` tokens; the best of three.
+    contexts up to ``longest`` tokens: medians, after a first call.
     """
     own, device, out = model.config._attn_implementation, next(model.parameters()).device, []
     lengths = [longest >> halved for halved in range(4, -1, -1) if longest >> halved >= 16] or [longest]
@@ -145,33 +45,12 @@ def measure_scaling(model: PreTrainedModel, longest: int) -> list[dict[str, floa
         ids, times = torch.randint(model.config.vocab_size, (1, length), device=device), {}
         for name, implementation in (("seconds", own), ("seconds_exact", "sdpa")):
             model.set_attn_implementation(implementation)
-            durations = []
-            for _ in range(4):
-                start = time.perf_counter()
-                model(ids, use_cache=False).logits.sum().item()
-                durations.append(time.perf_counter() - start)
-            # The first call may still have had to take memory.
-            times[name] = min(durations[1:])
+            known = {"model": model, "ids": ids}
+            timer = Timer("model(ids, use_cache=False).logits.sum().item()", globals=known, num_threads=torch.get_num_threads())
+            times[name] = timer.blocked_autorange(min_run_time=0.1).median
         out.append({"tokens": length} | times)
     model.set_attn_implementation(own)
     return out
-
-
-def plot_scaling(times: list[dict[str, float]], path: Path) -> None:
-    """Milliseconds of a forward pass against the context length: :func:`measure_scaling`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for name, label in (("seconds", "this model"), ("seconds_exact", "with exact attention")):
-        axes.plot([point["tokens"] for point in times], [1000 * point[name] for point in times], marker="o", label=label)
-    axes.set(xlabel="context, tokens", ylabel="forward pass, ms", xscale="log", yscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 CITATION = """@article{kang2023fast,

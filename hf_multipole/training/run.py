@@ -20,10 +20,11 @@ from . import checkpoints
 from .arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
 from .batches import MaskingCollator, collate
 from .data import first_files, hold_out, load_texts, pack, recut, stream
+from .figures import plot_attention, plot_curves, plot_scaling
 from .hub import NETWORK_ERRORS, add_code, push
 from .metrics import compression_baselines
 from .models import build_model, build_tokenizer, check_model, keeps_documents_apart
-from .report import command, curve, measure_scaling, plot_attention, plot_curves, plot_scaling, write_card
+from .report import command, curve, measure_scaling, write_card
 from .trainer import CheckpointError, LanguageModelTrainer
 
 # What a user can put right: told in one line. Anything else is our own mistake, and shows its traceback.

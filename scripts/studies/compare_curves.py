@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from hf_multipole.training.report import plot_curves
+from hf_multipole.training.figures import plot_curves
 
 
 def main() -> None:

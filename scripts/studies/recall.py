@@ -27,7 +27,8 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
 from hf_multipole.training.checkpoints import write_json
-from hf_multipole.training.report import plot_reach, write_figures
+from hf_multipole.training.figures import plot_reach
+from hf_multipole.training.report import write_figures
 from scripts.common import peers
 from scripts.studies.recall_tasks import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw, item_counts
 
