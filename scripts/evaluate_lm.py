@@ -23,8 +23,8 @@ from hf_multipole.training.batches import MaskingCollator, collate
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import load_texts, pack
 from hf_multipole.training.evaluation import measure, probe, probe_sizes, windows
-from hf_multipole.training.models import keeps_documents_apart
 from hf_multipole.training.figures import plot_positions, plot_reach
+from hf_multipole.training.models import keeps_documents_apart
 from hf_multipole.training.run import BAD_INPUT, fail
 
 

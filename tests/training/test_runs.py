@@ -84,7 +84,7 @@ def test_a_run_of_a_hybrid_with_tensor_layers(texts, tmp_path):
     config += "layer_types: [multipole_attention, tensor_attention]}"
     train(arguments(texts, tmp_path / "run", "--max_steps", "2", "--save_strategy", "no", config=config), plots=True)
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"scaling.png", "modeling_tensor.py", "cache_tensor.py"} <= written and "attention.png" not in written
+    assert {"scaling.png", "tensor_layer.py", "tensor_cache.py"} <= written and "attention.png" not in written
 
 
 def test_the_exact_loss_of_a_run(texts, tmp_path, seen):
