@@ -184,7 +184,7 @@ def _unmasked(module, query, key, is_causal: bool | None) -> MultipoleMask:
     return MultipoleMask(bool(causal), len(query), n, n, block_size)
 
 
-def _check_call(query, mask: MultipoleMask, is_causal=None, cu_seq_lens_q=None, **kwargs) -> None:
+def _check_call(query, mask: MultipoleMask, is_causal=None, cu_seq_lens_q=None, position_ids=None, **kwargs) -> None:
     """Raises ValueError where arguments of a stock model's call contradict its mask."""
     if is_causal not in (None, mask.causal) and query.shape[2] > 1:
         raise ValueError(f"is_causal={is_causal} contradicts the mask that the model made; set is_causal in the configuration instead")
@@ -193,6 +193,7 @@ def _check_call(query, mask: MultipoleMask, is_causal=None, cu_seq_lens_q=None, 
             "packed rows need position_ids that start anew with each document beside cu_seq_lens_q, no attention_mask and "
             "use_cache=False; or give each document its own row"
         )
+    mask.check_positions(position_ids)
 
 
 def multipole_attention_forward(

@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 )
 
 from .configuration_multipole import multipole_options
-from .hierarchy import Alignment, align_rows, block_of, check_rows
+from .hierarchy import Alignment, align_rows, block_of, check_rows, real_tokens
 from .multipole_state import MultipoleState, NewTokens
 from .tensor_attention import document_numbers
 
@@ -64,6 +64,7 @@ class MultipoleMask(_Opaque):
     _pairs: torch.Tensor | None = field(default=None, init=False, repr=False)
     _new_tokens: list[NewTokens] | None = field(default=None, init=False, repr=False)
     _past_checked: bool = field(default=False, init=False, repr=False)
+    _positions_checked: bool = field(default=False, init=False, repr=False)
 
     @property
     def alignment(self) -> Alignment | None:
@@ -72,6 +73,19 @@ class MultipoleMask(_Opaque):
                 check_rows(self.attention_mask, self.segment_ids)
             self._alignment = align_rows(self.attention_mask, self.segment_ids, block_of(self.length, self.block_size))
         return self._alignment
+
+    def check_positions(self, position_ids: torch.Tensor | None) -> None:
+        """Raises ValueError where positions ``(batch or 1, queries)`` start anew in rows that the mask takes for one document each."""
+        if self._positions_checked or self.segment_ids is not None or torch.compiler.is_compiling():
+            return
+        self._positions_checked = True
+        if (
+            self.causal
+            and self.queries > 1
+            and position_ids is not None
+            and position_ids.shape in ((1, self.queries), (self.batch, self.queries))
+        ):
+            check_one_document(position_ids, None if self.attention_mask is None else self.attention_mask[:, -self.queries :])
 
     @property
     def documents(self) -> torch.Tensor | None:
@@ -173,6 +187,18 @@ class TensorMask(_Opaque):
         return replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items()})
 
 
+def check_one_document(position_ids: torch.Tensor, real: torch.Tensor | None) -> None:
+    """Raises ValueError where positions ``(batch or 1, n)`` go back from one real token to the next; real: ``(batch, n)`` bool, or all."""
+    back = position_ids.diff(dim=1) <= 0
+    if real is not None:
+        back = back & (real[:, 1:] & real[:, :-1]).to(back.device)
+    if back.any():
+        raise ValueError(
+            "position_ids start anew within a row, as those of packed documents do, which need use_cache=False, no past_key_values and no "
+            "attention_mask; or give each document its own row"
+        )
+
+
 def _kept(function: Callable, made_by: Callable) -> dict | None:
     """What an inner function of Transformers keeps of the one that made it; None where another one did."""
     if function.__code__ is not made_by.__code__:
@@ -265,7 +291,7 @@ def multipole_mask(
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, but must be (batch, n): masks over pairs need 'sdpa'"
             )
-        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+        attention_mask = real_tokens(attention_mask[:, kv_offset : kv_offset + kv_length], q_length)
         if attention_mask.shape[1] != kv_length:
             raise ValueError(f"attention_mask has {attention_mask.shape[1]} tokens, but there are {kv_length} keys")
         # Not in a step of generation, whose cost must not grow with the length.

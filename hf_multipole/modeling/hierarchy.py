@@ -79,6 +79,21 @@ class Alignment(NamedTuple):
     last: torch.Tensor  # (batch, blocks) one past that stretch
 
 
+def real_tokens(attention_mask: torch.Tensor, new: int | None = None) -> torch.Tensor:
+    """A mask ``(batch, n)`` as bool. Raises ValueError for numbers other than 0 and 1, documents say, among the last ``new`` columns."""
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    if not torch.compiler.is_compiling():
+        looked_at = attention_mask if new is None else attention_mask[:, attention_mask.shape[1] - new :]
+        wrong = looked_at[(looked_at != 0) & (looked_at != 1)]
+        if len(wrong):
+            raise ValueError(
+                f"attention_mask holds {wrong[0].item()}, but must be 1 for real tokens and 0 for padding: documents of packed rows are "
+                "told apart by position_ids that start anew with each, or by segment_ids of the functions"
+            )
+    return attention_mask.bool()
+
+
 def check_rows(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None) -> None:
     """Raises ValueError where padding stands inside a row, or the tokens of a segment do not stand together."""
     if attention_mask is not None:

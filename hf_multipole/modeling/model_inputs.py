@@ -17,9 +17,9 @@ from transformers.masking_utils import (
 )
 
 from .attention_functions import seen
-from .attention_masks import MultipoleMask
+from .attention_masks import MultipoleMask, check_one_document
 from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
-from .hierarchy import level_count
+from .hierarchy import level_count, real_tokens
 from .multipole_cache import check_cache, compiled_state, keeps_state
 from .summaries import MeanSummary
 
@@ -46,17 +46,18 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
             "past_key_values belong to causal models: in a bidirectional one (is_causal=False) new tokens change all the others; "
             "pass use_cache=False"
         )
-    segment_ids = _segments(embeddings, attention_mask, position_ids, past_key_values, bounds)
-    # Nothing could be generated from rows of training, packed ones, or both sides.
-    if use_cache and past_key_values is None and not model.training and segment_ids is None and config.is_causal:
-        past_key_values = DynamicCache(config=config)
     compiled = compiled_state(past_key_values)
     if compiled is not None:
         past, length = seen(compiled.number).to(embeddings.device), None
     else:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = past + queries
-    attention_mask = _padding(attention_mask, batch, length)
+    attention_mask = _padding(attention_mask, batch, queries, length)
+    _check_positions(position_ids, batch, queries)
+    segment_ids = _segments(embeddings, attention_mask, position_ids, past_key_values, bounds)
+    # Nothing could be generated from rows of training, packed ones, or both sides.
+    if use_cache and past_key_values is None and not model.training and segment_ids is None and config.is_causal:
+        past_key_values = DynamicCache(config=config)
     if position_ids is None:
         position_ids = _positions(embeddings, attention_mask, segment_ids, past)
     kinds = {layer_implementation(config, kind, output_attentions) for kind in config.layer_types}
@@ -99,13 +100,24 @@ def _segments(embeddings, attention_mask, position_ids, past_key_values, bounds)
             raise ValueError("cu_seq_lens_q describes a batch of one packed row without a cache; use position_ids for more rows")
         tokens = torch.arange(n, device=embeddings.device)
         return torch.searchsorted(bounds.to(tokens), tokens, right=True)[None]
-    if position_ids is None or attention_mask is not None or past_key_values is not None:
+    # Compiled code looks at no data: there, a mask says that rows are not packed.
+    if position_ids is None or (attention_mask is not None and torch.compiler.is_compiling()):
         return None
-    return find_packed_sequence_indices(position_ids.expand(batch, -1))
+    real = None if attention_mask is None else attention_mask[:, -n:]
+    if past_key_values is not None:
+        if n > 1 and not torch.compiler.is_compiling():
+            check_one_document(position_ids, real)
+        return None
+    if real is None or bool(real.all()):
+        return find_packed_sequence_indices(position_ids.expand(batch, -1))
+    starts = (position_ids.diff(dim=1) != 1) & (real[:, 1:] & real[:, :-1]).to(position_ids.device)
+    return nn.functional.pad(starts.cumsum(1), (1, 0)) if starts.any() else None
 
 
-def _padding(attention_mask: torch.Tensor | None, batch: int, length: int | None) -> torch.Tensor | None:
-    """The mask ``(batch, n)`` of padding; length: n, or None where a compiled step does not know it."""
+def _padding(attention_mask: torch.Tensor | None, batch: int, queries: int, length: int | None) -> torch.Tensor | None:
+    """The mask ``(batch, n)`` bool of padding; length: n, or None where a compiled step does not know it. What was checked when a cache
+    took it in is not checked again.
+    """
     if attention_mask is None:
         return None
     wrong = length is not None and attention_mask.shape != (batch, length)
@@ -119,7 +131,20 @@ def _padding(attention_mask: torch.Tensor | None, batch: int, length: int | None
             f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
             f"(batch, n) = {(batch, length)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
         )
-    return attention_mask
+    return real_tokens(attention_mask, queries)
+
+
+def _check_positions(position_ids: torch.Tensor | None, batch: int, queries: int) -> None:
+    """Raises ValueError for positions of a wrong shape or dtype."""
+    if position_ids is None:
+        return
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != queries:
+        raise ValueError(
+            f"position_ids have shape {tuple(position_ids.shape)}, but must be (batch, tokens) = {(batch, queries)}, or (1, {queries}) for "
+            "all rows"
+        )
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ValueError(f"position_ids have dtype {position_ids.dtype}, but must be integers")
 
 
 def _positions(embeddings, attention_mask, segment_ids, past) -> torch.Tensor:

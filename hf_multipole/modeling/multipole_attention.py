@@ -11,7 +11,7 @@ import torch
 
 from .backends import takes_kernels
 from .checks import check_logits, check_tensors
-from .hierarchy import FarColumns, align_rows, block_of, check_rows, far_columns, group_count, near_offsets
+from .hierarchy import FarColumns, align_rows, block_of, check_rows, far_columns, group_count, near_offsets, real_tokens
 from .multipole_rows import Call, Rows, lay_out
 from .multipole_torch import Blocks, block_attention, block_weights
 from .options import MultipoleOptions
@@ -339,6 +339,7 @@ def multipole_attention(
     check_tensors(q, k, v, far_keys, attention_mask, segment_ids)
     check_logits(scale, softcap, dropout_p)
     _check_call(call, q, k, v)
+    attention_mask = None if attention_mask is None else real_tokens(attention_mask)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     alignment = None

@@ -7,7 +7,7 @@ import torch
 
 from .backends import takes_kernels
 from .checks import check_logits, check_tensors
-from .hierarchy import check_rows
+from .hierarchy import check_rows, real_tokens
 from .options import TensorOptions
 from .polynomial_attention import TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
 from .summaries import compute_dtype
@@ -18,10 +18,11 @@ def document_numbers(attention_mask: torch.Tensor | None, segment_ids: torch.Ten
     """``(batch, n)``: different for the documents of a row that touch each other, -1 at padding."""
     if attention_mask is None and segment_ids is None:
         return None
+    real = None if attention_mask is None else real_tokens(attention_mask)
     if not torch.compiler.is_compiling():
-        check_rows(attention_mask, segment_ids)
-    numbers = torch.zeros_like(attention_mask, dtype=torch.long) if segment_ids is None else segment_ids.long() - segment_ids.min()
-    return numbers if attention_mask is None else numbers.masked_fill(~attention_mask.bool(), -1)
+        check_rows(real, segment_ids)
+    numbers = torch.zeros_like(real, dtype=torch.long) if segment_ids is None else segment_ids.long() - segment_ids.min()
+    return numbers if real is None else numbers.masked_fill(~real, -1)
 
 
 def tensor_attention(

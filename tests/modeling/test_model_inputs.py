@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_multipole import (
+    MultipoleCache,
     MultipoleForSequenceClassification,
     MultipoleModel,
 )
@@ -111,11 +113,22 @@ def test_one_document_is_not_packed(ids):
     model = build()
     plain = model(ids).logits
     torch.testing.assert_close(model(ids, position_ids=torch.arange(TOKENS)[None]).logits, plain, atol=0, rtol=0)
-    # With a mask, positions that start anew are the positions of a padded row, as in all Transformers models.
-    mask = torch.ones_like(ids)
-    restart = torch.cat([torch.arange(40), torch.arange(35)])[None]
-    masked = model(ids, attention_mask=mask, position_ids=restart).logits
-    assert (masked - model(ids, position_ids=restart).logits)[:, 40:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layer_types", [["multipole_attention"], ["multipole_linear_attention"], HYBRID])
+def test_packed_rows_stay_apart_with_a_mask(layer_types):
+    """A mask of ones, and one of padding around the documents, beside positions that start anew."""
+    model = build(layer_types=layer_types)
+    lengths = (40, 35)
+    ids = tokens(n=sum(lengths))
+    alone = torch.cat([model(part).logits for part in ids.split(lengths, 1)], 1)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    for left, right in ((0, 0), (9, 0), (0, 9), (3, 4)):
+        padded, mask = pad(ids, left, right)
+        packed = torch.nn.functional.pad(position_ids, (left, right), value=1)
+        for rows in (packed, packed.expand(len(ids), -1)):
+            got = model(padded, attention_mask=mask, position_ids=rows).logits[:, left : left + sum(lengths)]
+            torch.testing.assert_close(got, alone, **CLOSE)
 
 
 # What is refused
@@ -144,6 +157,37 @@ def test_a_mask_of_0_and_1_in_floating_point(ids):
     model, mask = build(), torch.ones(2, TOKENS)
     mask[0, :20] = 0
     assert torch.equal(model(ids, attention_mask=mask).logits, model(ids, attention_mask=mask.bool()).logits)
+
+
+@pytest.mark.parametrize("layer_types", [["multipole_attention"], ["full_attention"], ["tensor_attention"]])
+def test_a_mask_of_other_numbers(ids, layer_types):
+    """Numbers of documents, say, would be taken for ones, and merge them."""
+    model, mask = build(layer_types=layer_types), torch.ones_like(ids)
+    mask[1, 30:] = 2
+    with pytest.raises(ValueError, match="attention_mask holds 2, but must be 1 for real tokens.*position_ids"):
+        model(ids, attention_mask=mask)
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask holds 2"):
+        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+
+
+def test_positions_of_a_wrong_kind(ids):
+    model, right = build(), torch.arange(TOKENS)
+    for wrong in (right, right[None, None], right[None].expand(3, -1), right[None, 1:], right[:4], torch.zeros(4, 2, TOKENS).long()):
+        with pytest.raises(ValueError, match=r"position_ids have shape .* must be \(batch, tokens\) = \(2, 75\)"):
+            model(ids, position_ids=wrong)
+    with pytest.raises(ValueError, match="position_ids have dtype torch.float32, but must be integers"):
+        model(ids, position_ids=right[None].float())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("cache", [MultipoleCache, DynamicCache])
+def test_packed_rows_have_no_cache(ids, cache, masked):
+    model = build()
+    options = {"position_ids": torch.cat([torch.arange(40), torch.arange(TOKENS - 40)])[None]}
+    options |= {"attention_mask": torch.ones_like(ids)} if masked else {}
+    with pytest.raises(ValueError, match="position_ids start anew within a row.*use_cache=False"):
+        model(ids, past_key_values=cache(config=model.config), **options)
 
 
 def test_a_mask_with_a_hole(ids):

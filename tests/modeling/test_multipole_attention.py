@@ -393,6 +393,11 @@ REFUSED = {
     "mask of another length": ({"attention_mask": ONES[:, 1:]}, ValueError, "attention_mask has shape"),
     "mask of another batch": ({"attention_mask": ONES[:1]}, ValueError, "attention_mask has shape"),
     "mask of floats": ({"attention_mask": torch.zeros(2, 20)}, TypeError, "attention_mask has dtype torch.float32"),
+    "mask of documents": (
+        {"attention_mask": ONES + ONES.cumsum(1) // 11},
+        ValueError,
+        "attention_mask holds 2, but must be 1 .* segment_ids",
+    ),
     "mask with a hole": ({"attention_mask": HOLE}, ValueError, "attention_mask has a hole in row 1"),
     "segments of one dimension": ({"segment_ids": ONES[0]}, ValueError, "segment_ids has shape"),
     "segments of floats": ({"segment_ids": torch.zeros(2, 20)}, TypeError, "segment_ids has dtype torch.float32"),

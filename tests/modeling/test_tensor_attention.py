@@ -358,6 +358,11 @@ REFUSED = {
     "more queries than keys": ({"q": torch.zeros(2, 2, 21, 4)}, ValueError, "q has 21 tokens"),
     "q of three dimensions": ({"q": K[0]}, ValueError, "q must be a tensor"),
     "mask of pairs": ({"attention_mask": torch.ones(2, 20, 20, dtype=torch.bool)}, ValueError, "attention_mask has shape"),
+    "mask of documents": (
+        {"attention_mask": ONES + ONES.cumsum(1) // 11},
+        ValueError,
+        "attention_mask holds 2, but must be 1 .* segment_ids",
+    ),
     "mask with a hole": ({"attention_mask": HOLE}, ValueError, "attention_mask has a hole in row 1"),
     "torn segment": ({"segment_ids": TORN}, ValueError, "segment_ids of row 1"),
     "scale that is no number": ({"scale": float("nan")}, ValueError, "scale is nan"),
