@@ -21,6 +21,7 @@ for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     setattr(configuration_utils, _names, _known + tuple(kind for kind in LAYER_TYPES if kind not in _known))
 
 _OWN = {cls: tuple(fields_of("own", cls)) for cls in (MultipoleOptions, TensorOptions)}
+_STOCK = tuple(fields_of("stock"))
 _TENSOR = tuple(fields_of("stock", TensorOptions))
 # Options that were found good, by the text of what they were made from: they are checked once, and what a user changes in a
 # configuration counts from then on.
@@ -63,10 +64,9 @@ def _own_options(stated: dict, downsample_queries: bool) -> MultipoleOptions:
 def _stock_options(stated: dict, num_layers: int, downsample_queries: bool | None) -> MultipoleOptions:
     if not isinstance(stated, dict):
         raise ValueError(f"config.multipole is {stated!r}, but must be a dict such as {{'block_size': 64, 'rank': 4}}")
-    known = fields_of("stock")
     for name in stated:
-        if name not in known:
-            raise ValueError(f"config.multipole has {name!r}, but the options are {', '.join(map(repr, known))}")
+        if name not in _STOCK:
+            raise ValueError(f"config.multipole has {name!r}, but the options are {', '.join(map(repr, _STOCK))}")
     layers = stated.get("layers")
     if layers is not None:
         numbers = range(num_layers)

@@ -55,17 +55,18 @@ class _Options:
     """What both have."""
 
     prefix: ClassVar[str]
-    stated: ClassVar[tuple[Field, ...]]  # dataclasses.fields, which torch.compile cannot call on a class
+    stated: ClassVar[tuple[Field, ...]]
+    checks: ClassVar[tuple[tuple[str, Callable[[Any], bool], str], ...]]  # of each field; torch.compile cannot read its metadata
 
     def __post_init__(self):
-        for f in self.stated:
-            value = getattr(self, f.name)
+        for name, check, expected in self.checks:
+            value = getattr(self, name)
             if isinstance(value, list):
                 value = tuple(value)
-                object.__setattr__(self, f.name, value)
-            if not f.metadata["check"](value):
+                object.__setattr__(self, name, value)
+            if not check(value):
                 shown = list(value) if isinstance(value, tuple) else value
-                raise ValueError(f"{f.name} is {shown!r}, but must be {f.metadata['expected']}")
+                raise ValueError(f"{name} is {shown!r}, but must be {expected}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]):
@@ -221,6 +222,7 @@ class TensorOptions(_Options):
 CLASSES = (MultipoleOptions, TensorOptions)
 for _class in CLASSES:
     _class.stated = fields(_class)
+    _class.checks = tuple((f.name, f.metadata["check"], f.metadata["expected"]) for f in fields(_class))
 
 
 def fields_of(use: str, *classes: type[_Options]) -> dict[str, Field]:
