@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from .arguments import DataArguments
+from .token_bytes import TokenBytes
 
 # A file is held out when its name hashes below this share, so that the split depends on nothing but the names.
 _HELD_OUT_SHARE = 0.05
@@ -151,26 +152,27 @@ def first_files(texts: Iterable[str], size: int) -> list[str]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end_of_text: bool = True) -> Iterator[tuple[np.ndarray, ...]]:
-    """Some texts at a time, one after another: token ids (int32), position of each token in its text (int32), and the bytes that
-    each stands for (float32: those of its text, spread evenly), all ``(tokens,)``.
+    """Some texts at a time, one after another: token ids, position of each token in its text, and the bytes of its text that it
+    stands for (:class:`.token_bytes.TokenBytes`), all ``(tokens,)`` int32.
 
-    end_of_text: with the tokenizer's end-of-text token after each text, where it has one.
+    end_of_text: with the tokenizer's end-of-text token after each text, where it has one; it stands for no bytes.
     """
-    end = [tokenizer.eos_token_id] if end_of_text and tokenizer.eos_token_id is not None else []
-    texts = (text for text in texts if text)
+    end = np.array([tokenizer.eos_token_id] if end_of_text and tokenizer.eos_token_id is not None else [], np.int32)
+    texts, count = (text for text in texts if text), TokenBytes(tokenizer)
     while batch := list(itertools.islice(texts, _TEXTS)):
-        data = [text.encode("utf-8") for text in batch]
         if isinstance(tokenizer, ByT5Tokenizer):
             # The same ids as the tokenizer's own, which takes a microsecond a byte.
-            ids = [np.frombuffer(text, np.uint8).astype(np.int32) + tokenizer.offset for text in data]
+            ids = [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + tokenizer.offset for text in batch]
+            sizes = [np.ones(len(text), np.int32) for text in ids]
         else:
             ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        ids = [np.concatenate([np.asarray(text, np.int32), np.asarray(end, np.int32)]) for text in ids]
+            sizes = count(batch, ids)
+        ids = [np.concatenate([np.asarray(text, np.int32), end]) for text in ids]
+        sizes = [np.concatenate([text, np.zeros_like(end)]) for text in sizes]
         lengths = np.array([len(text) for text in ids])
         starts = (lengths.cumsum() - lengths).astype(np.int32)
         positions = np.arange(lengths.sum(), dtype=np.int32) - np.repeat(starts, lengths)
-        weights = [len(text) for text in data] / np.maximum(lengths, 1)
-        yield np.concatenate(ids), positions, np.repeat(weights.astype(np.float32), lengths)
+        yield np.concatenate(ids), positions, np.concatenate(sizes)
 
 
 def blocks(
@@ -178,23 +180,23 @@ def blocks(
 ) -> Iterator[dict]:
     """Texts one after another, cut into blocks of ``block_length`` tokens; what is left at the end is dropped.
 
-    Each has ``input_ids``, ``bytes``, the bytes of text that it stands for, and with ``boundaries`` also ``position_ids``, the
-    position of each token in its text.
+    Each has ``input_ids``, ``token_bytes``, the bytes of text that each token stands for, ``bytes``, their sum, and with
+    ``boundaries`` also ``position_ids``, the position of each token in its text.
     """
-    rest = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    rest = (np.zeros(0, np.int32),) * 3
     for batch in encode(tokenizer, texts, end_of_text):
-        ids, positions, weights = (np.concatenate(pair) for pair in zip(rest, batch))
+        ids, positions, sizes = (np.concatenate(pair) for pair in zip(rest, batch))
         whole = len(ids) // block_length * block_length
         for start in range(0, whole, block_length):
             part = slice(start, start + block_length)
             place = {"position_ids": positions[part]} if boundaries else {}
-            yield {"input_ids": ids[part], "bytes": weights[part].sum(dtype=np.float64)} | place
-        rest = ids[whole:], positions[whole:], weights[whole:]
+            yield {"input_ids": ids[part], "token_bytes": sizes[part], "bytes": sizes[part].sum(dtype=np.int64)} | place
+        rest = ids[whole:], positions[whole:], sizes[whole:]
 
 
 def _dataset(columns: dict[str, np.ndarray]) -> Dataset:
     """Columns ``(rows,)`` or ``(rows, tokens)`` as a dataset in memory, without a copy through Python's objects."""
-    kinds = {name: Value("float64") if column.ndim == 1 else List(Value("int32"), column.shape[1]) for name, column in columns.items()}
+    kinds = {name: Value("int64") if column.ndim == 1 else List(Value("int32"), column.shape[1]) for name, column in columns.items()}
     arrays = {}
     for name, column in columns.items():
         flat = pyarrow.array(column.reshape(-1), kinds[name].pa_type if column.ndim == 1 else pyarrow.int32())
@@ -232,9 +234,8 @@ def recut(rows: Dataset, block_length: int) -> Dataset:
     length, count = len(rows[0]["input_ids"]), len(columns["input_ids"]) // block_length
     if count == 0:
         raise ValueError(f"the held-out rows have {len(rows) * length} tokens, fewer than a context of {block_length}: raise eval_rows")
-    columns["bytes"] = np.repeat(np.asarray(rows["bytes"]) / length, length)
     columns = {name: column[: count * block_length].reshape(count, block_length) for name, column in columns.items()}
-    columns["bytes"] = columns["bytes"].sum(1)
+    columns["bytes"] = columns["token_bytes"].sum(1, dtype=np.int64)
     return _dataset(columns)
 
 

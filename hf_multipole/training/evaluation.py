@@ -30,15 +30,14 @@ def windows(rows: Dataset, context_length: int, stride: int) -> list[dict]:
     ``context_length - stride`` tokens before it.
     """
     ids = np.concatenate([row["input_ids"] for row in rows.with_format("numpy")])
-    length = len(rows[0]["input_ids"])
-    share = np.repeat(np.asarray(rows["bytes"]) / length, length)
+    sizes = np.concatenate([row["token_bytes"] for row in rows.with_format("numpy")])
     if len(ids) < context_length:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than a context of {context_length}")
     out = []
     for start in range(0, len(ids) - context_length + 1, stride):
         first = context_length - stride if start else 0
         part = slice(start, start + context_length)
-        out.append({"input_ids": ids[part], "score_from": first, "bytes": share[part][first:].sum()})
+        out.append({"input_ids": ids[part], "score_from": first, "token_bytes": sizes[part]})
     return out
 
 
@@ -49,7 +48,7 @@ def measure(
     ``masked_accuracy``, ``loss`` in nats a token, ``tokens`` that were counted, and ``by_position``, the mean loss of some ranges
     of positions.
 
-    model: prepared by ``accelerator``. rows: with ``input_ids`` and ``bytes``, perhaps ``position_ids`` and ``score_from``.
+    model: prepared by ``accelerator``. rows: with ``input_ids`` and ``token_bytes``, perhaps ``position_ids`` and ``score_from``.
     """
 
     def batches(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -58,28 +57,25 @@ def measure(
         first = torch.tensor([item.get("score_from", 0) for item in items])
         before = torch.arange(batch["labels"].shape[1]) < first[:, None]
         batch["labels"] = batch["labels"].masked_fill(before, -100)
-        return batch | {"bytes": torch.tensor([item["bytes"] for item in items], dtype=torch.float64), "first": first}
+        return batch | {"token_bytes": torch.from_numpy(np.stack([item["token_bytes"] for item in items]))}
 
     loader = accelerator.prepare(DataLoader(rows, batch_size, collate_fn=batches))
     metrics = [Perplexity(), (TokenAccuracy if causal else MaskedAccuracy)(), *([BitsPerByte()] if causal else [])]
     sums = counts = 0
     for batch in tqdm(loader, desc=name, unit=" batches", disable=not accelerator.is_main_process):
-        row_bytes, first = batch.pop("bytes"), batch.pop("first")
-        labels = batch.pop("labels")
+        sizes, labels = batch.pop("token_bytes"), batch.pop("labels")
         with torch.no_grad():
             logits = model(**batch, use_cache=False).logits if causal else model(**batch).logits
         nats, found = row_figures(logits, labels, causal)
         if causal:
             labels[:, 0] = -100
-        nats, found, labels, row_bytes, first = accelerator.gather_for_metrics((nats, found, labels, row_bytes, first))
+        nats, found, labels, sizes = accelerator.gather_for_metrics((nats, found, labels, sizes))
         if not accelerator.is_main_process:
             continue
         nats, labels = nats.double().cpu().numpy(), labels.cpu().numpy()
         counted = labels != -100
         per_row, targets = nats.sum(1), counted.sum(1)
-        # Bytes of a row are those of all its tokens that may count; the first of a text is not predicted.
-        share = targets / (labels.shape[1] - first.cpu().numpy())
-        references = [targets, labels, row_bytes.cpu().numpy() * share]
+        references = [targets, labels, (sizes.cpu().numpy() * counted).sum(1)]
         for metric, predictions, reference in zip(metrics, (per_row, found.cpu().numpy(), per_row), references):
             metric.add_batch(predictions=predictions, references=reference)
         sums, counts = sums + nats.sum(0), counts + counted.sum(0)

@@ -115,21 +115,22 @@ def row_figures(logits: torch.Tensor, labels: torch.Tensor, causal: bool) -> tup
     return nats, logits.argmax(-1)
 
 
-def summarise(nats: np.ndarray, predictions: np.ndarray, labels: np.ndarray, row_bytes: np.ndarray, causal: bool) -> dict[str, float]:
+def summarise(nats: np.ndarray, predictions: np.ndarray, labels: np.ndarray, token_bytes: np.ndarray, causal: bool) -> dict[str, float]:
     """All metrics of some rows, and their mean loss (nats a token) as ``mean_loss``.
 
-    nats, predictions, labels: ``(rows, n)`` as of :func:`row_figures`. row_bytes: ``(rows,)`` bytes that all tokens of a row stand for.
+    nats, predictions, labels: ``(rows, n)`` as of :func:`row_figures`. token_bytes: ``(rows, n)`` bytes of text of each token.
     """
     if causal:
         labels = labels.copy()
         labels[:, 0] = -100
-    counts, sums = (labels != -100).sum(1), nats.sum(1, dtype=np.float64)
+    counted = labels != -100
+    counts, sums = counted.sum(1), nats.sum(1, dtype=np.float64)
     per_token = Perplexity(keep_in_memory=True)
     figures = per_token.compute(predictions=sums, references=counts)
     accuracy = (TokenAccuracy if causal else MaskedAccuracy)(keep_in_memory=True)
     figures |= accuracy.compute(predictions=predictions, references=labels)
     if causal:
-        figures |= BitsPerByte(keep_in_memory=True).compute(predictions=sums, references=row_bytes * counts / labels.shape[1])
+        figures |= BitsPerByte(keep_in_memory=True).compute(predictions=sums, references=(token_bytes * counted).sum(1))
     return figures | {"mean_loss": float(sums.sum() / max(counts.sum(), 1))}
 
 

@@ -74,7 +74,7 @@ class LanguageModelTrainer(Trainer):
         )
         self.run_args, self.context_length, self.causal = run_args, context_length, causal
         self.eval_lengths, self.eval_collator = eval_lengths or {}, eval_collator or self.data_collator
-        self._row_bytes = None
+        self._token_bytes = None
         self.loss_by_position: list[dict[str, float]] = []
         clock = _Clock()
         self.step_seconds = clock.seconds
@@ -111,11 +111,11 @@ class LanguageModelTrainer(Trainer):
             self.data_collator = training
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix="eval"):
-        self._row_bytes = np.asarray((eval_dataset or self.eval_dataset)["bytes"])
+        self._token_bytes = (eval_dataset or self.eval_dataset).with_format("numpy")["token_bytes"][:]
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None:
             for length, rows in self.eval_lengths.items():
-                self._row_bytes = np.asarray(rows["bytes"])
+                self._token_bytes = rows.with_format("numpy")["token_bytes"][:]
                 loader = self.get_eval_dataloader(rows)
                 output = self.evaluation_loop(loader, f"Evaluation at {length}", metric_key_prefix=f"{metric_key_prefix}_{length}")
                 self.log(output.metrics)
@@ -137,7 +137,7 @@ class LanguageModelTrainer(Trainer):
         counted[:, 0] &= not self.causal
         self.loss_by_position = by_position(nats.sum(0, dtype=np.float64), counted.sum(0))
         # An incomplete last batch may have been dropped.
-        return summarise(nats, predictions, output.label_ids, self._row_bytes[: len(nats)], self.causal)
+        return summarise(nats, predictions, output.label_ids, self._token_bytes[: len(nats)], self.causal)
 
     # Checkpoints
 
