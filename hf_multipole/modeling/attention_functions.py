@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
@@ -386,29 +385,3 @@ def tensor_attention_forward(
         dropout_p=dropout,
     )
     return out.transpose(1, 2).contiguous(), None
-
-
-def register() -> None:
-    """Makes the attention functions known to Transformers. Doing it again changes nothing: this file may also be loaded from a
-    checkpoint, and masks must come from the same copy of it as the attention function, for models that are already there too.
-
-    Raises ValueError where another package has taken a name.
-    """
-    functions = {
-        "multipole": (multipole_attention_forward, multipole_mask),
-        "multipole_linear": (multipole_linear_attention_forward, multipole_mask),
-        "tensor": (tensor_attention_forward, tensor_mask),
-    }
-    for name, (attention, mask) in functions.items():
-        there = AttentionInterface().get(name)
-        if there is None:
-            AttentionInterface.register(name, attention)
-            AttentionMaskInterface.register(name, mask)
-        elif there.__qualname__ != attention.__qualname__:
-            raise ValueError(
-                f"another package has registered {there.__module__}.{there.__qualname__} as the attention implementation {name!r}: "
-                "import hf_multipole without it"
-            )
-
-
-register()

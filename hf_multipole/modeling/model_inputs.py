@@ -18,8 +18,9 @@ from transformers.masking_utils import (
 
 from .attention_functions import seen
 from .attention_masks import MultipoleMask, check_one_document
-from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
+from .configuration_multipole import MultipoleConfig
 from .hierarchy import level_count, real_tokens
+from .kinds import BY_IMPLEMENTATION, layer_implementation
 from .multipole_cache import check_cache, compiled_state, keeps_state
 from .summaries import MeanSummary
 
@@ -60,36 +61,19 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
         past_key_values = DynamicCache(config=config)
     if position_ids is None:
         position_ids = _positions(embeddings, attention_mask, segment_ids, past)
-    kinds = {layer_implementation(config, kind, output_attentions) for kind in config.layer_types}
-    tokens = _Tokens(embeddings, attention_mask, segment_ids, position_ids, past_key_values, length)
-    masks = {kind: _mask(config, kind, tokens) for kind in {"multipole" if kind == "multipole_linear" else kind for kind in kinds}}
-    if "multipole" in masks:
-        masks["multipole_linear"] = masks["multipole"]
+    implementations = [layer_implementation(config, kind, output_attentions) for kind in config.layer_types]
+    masks = _masks(config, implementations, _Tokens(embeddings, attention_mask, segment_ids, position_ids, past_key_values, length))
+    multipole = masks.get("multipole", masks.get("multipole_linear"))
     if past_key_values is not None and compiled is None:
-        mask = None if output_attentions else masks.get("multipole")
+        mask = None if output_attentions else multipole
         attentions = [layer.self_attn for layer in model.layers]
         check_cache(past_key_values, model, attentions, mask, masks.get("tensor"), attention_mask)
     centres = None
-    if "multipole" in masks and config.rotate_summaries:
-        layer = next(i for i, kind in enumerate(config.layer_types) if kind in MULTIPOLE_LAYERS)
+    if multipole is not None and config.rotate_summaries:
+        layer = next(i for i, implementation in enumerate(implementations) if masks[implementation] is multipole)
         if not keeps_state(past_key_values, layer, output_attentions):
-            centres = summary_positions(config, position_ids, masks["multipole"])
+            centres = summary_positions(config, position_ids, multipole)
     return ModelInputs(position_ids, masks, past_key_values, centres)
-
-
-def layer_implementation(config: MultipoleConfig, layer_type: str, output_attentions: bool) -> str:
-    """The attention function of a layer: a full_attention layer is always exact; a multipole layer is, when asked to be; a tensor
-    layer stays one.
-    """
-    implementation = config._attn_implementation
-    if layer_type in MULTIPOLE_LAYERS and implementation in ("multipole", "multipole_linear"):
-        return "multipole" if layer_type == "multipole_attention" else "multipole_linear"
-    if layer_type == "tensor_attention":
-        return "tensor"
-    if layer_type == "full_attention" and implementation in ("multipole", "multipole_linear", "tensor"):
-        implementation = "sdpa"
-    # The same attention, but with its weights.
-    return "eager" if output_attentions and implementation == "sdpa" else implementation
 
 
 def _segments(embeddings, attention_mask, position_ids, past_key_values, bounds) -> torch.Tensor | None:
@@ -171,13 +155,24 @@ class _Tokens(NamedTuple):
     length: int | None
 
 
+def _masks(config: MultipoleConfig, implementations: list[str], tokens: _Tokens) -> dict[str, object]:
+    """The masks of all attention functions; those with one mask function share the mask."""
+    masks, made = {}, {}
+    for name in implementations:
+        maker = BY_IMPLEMENTATION[name].mask if name in BY_IMPLEMENTATION else name
+        if maker not in made:
+            made[maker] = _mask(config, name, tokens)
+        masks[name] = made[maker]
+    return masks
+
+
 def _mask(config: MultipoleConfig, implementation: str, tokens: _Tokens) -> object:
     """The mask of one attention function; Transformers' own for the exact ones."""
     batch, queries = tokens.embeddings.shape[:2]
     causal, length = config.is_causal, tokens.length
-    if implementation == "multipole" and length is None:
+    if length is None and implementation in ("multipole", "multipole_linear"):
         return MultipoleMask(True, batch, queries, None, config.block_size, tokens.attention_mask, None, tokens.position_ids)
-    if implementation in ("multipole", "tensor"):
+    if implementation in BY_IMPLEMENTATION:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
             batch_size=batch,
             q_length=queries,

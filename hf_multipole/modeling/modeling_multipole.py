@@ -17,12 +17,11 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig, multipole_options
-from .learned import FarField
-from .model_inputs import layer_implementation, prepare
+from .configuration_multipole import MultipoleConfig
+from .kinds import KINDS, layer_implementation
+from .model_inputs import prepare
 from .multipole_cache import keeps_state, take_number
 from .summaries import compute_dtype
-from .tensor_layer import TensorAttention
 
 logger = logging.get_logger(__name__)
 
@@ -121,9 +120,9 @@ class MultipoleAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
-        if self.layer_type in MULTIPOLE_LAYERS:
-            queries = self.layer_type == "multipole_linear_attention" and not config.is_causal
-            self.far_field = FarField(multipole_options(config), heads, kv_heads, config.head_dim, config.max_position_embeddings, queries)
+        part = KINDS[self.layer_type].part
+        if part is not None:
+            self.far_field = part(config)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -177,7 +176,7 @@ class MultipoleAttention(nn.Module):
 class MultipoleBlock(GradientCheckpointingLayer):
     def __init__(self, config: MultipoleConfig, layer_idx: int):
         super().__init__()
-        attention = TensorAttention if config.layer_types[layer_idx] == "tensor_attention" else MultipoleAttention
+        attention = KINDS[config.layer_types[layer_idx]].layer or MultipoleAttention
         self.self_attn = attention(config, layer_idx)
         self.mlp = MultipoleMLP(config)
         self.input_layernorm = MultipoleRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -209,15 +209,9 @@ def to_take_back(tokens_to_remove: int, seen: int) -> int:
 
 
 class MultipoleLayer(_StateLayer, DynamicLayer):
-    """Cache layer of multipole attention, which DynamicCache makes from ``config.layer_types``."""
+    """Cache layer of multipole attention, also of the O(n) form, which DynamicCache makes from ``config.layer_types``."""
 
     _layer_type = "multipole_attention"
-
-
-class MultipoleLinearLayer(MultipoleLayer):
-    """That of the O(n) form."""
-
-    _layer_type = "multipole_linear_attention"
 
 
 class MultipoleStaticLayer(StaticLayer):
@@ -230,10 +224,6 @@ class MultipoleStaticLayer(StaticLayer):
             "multipole attention needs no static cache: the state that generate makes by itself has the same size at every length. "
             "Leave out cache_implementation='static'; torch.compile(model.forward) works with it"
         )
-
-
-class MultipoleLinearStaticLayer(MultipoleStaticLayer):
-    _layer_type = "multipole_linear_attention"
 
 
 @torch.compiler.disable

@@ -10,9 +10,6 @@ from .options import TensorOptions
 from .polynomial_attention import TOLERANCE, Approximation, approximate
 from .summaries import compute_dtype
 
-# Which makes its layers known to DynamicCache.
-from .tensor_cache import TensorLayer  # noqa: F401
-
 
 class BoundedRMSNorm(nn.Module):
     """``bound * tanh(weight * x / rms(x))``, with a learned gain for each head and channel: no entry exceeds the bound."""

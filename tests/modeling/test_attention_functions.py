@@ -1,7 +1,10 @@
 """attn_implementation="multipole" on models of Transformers that know nothing of it."""
 
 import copy
-import importlib.util
+import importlib
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 from transformers.masking_utils import (
     AttentionMaskInterface,
     and_masks,
@@ -30,7 +34,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from hf_multipole import MultipoleCache
-from hf_multipole.modeling import attention_functions
+from hf_multipole.modeling import attention_functions, kinds
 from hf_multipole.reference import multipole_attention_reference
 from tests.helpers.stock_models import BLOCK, CLOSE, DECODERS, ENCODERS, GROUPED, IMAGES, OPTIONS, RANK, SIZES, N, build, tokens
 
@@ -433,16 +437,20 @@ def test_another_owner_of_the_name_is_refused(monkeypatch):
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "multipole", flash)
     with pytest.raises(ValueError, match="another package has registered .*flash as the attention implementation 'multipole'"):
-        attention_functions.register()
+        kinds.register()
 
 
-def test_registering_again_changes_nothing():
+def test_registering_again_changes_nothing(monkeypatch):
     before = AttentionInterface()["multipole"], AttentionMaskInterface()["multipole"]
     assert before == (attention_functions.multipole_attention_forward, attention_functions.multipole_mask)
-    attention_functions.register()
-    # A second copy of the file, as a checkpoint may bring one: its registration is the last statement.
-    spec = importlib.util.spec_from_file_location("hf_multipole.modeling.a_copy", attention_functions.__file__)
-    second = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(second)
+    kinds.register()
+    for mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
+        for name in mapping:
+            monkeypatch.setitem(mapping, name, mapping[name])
+    # A second copy of the files, as a checkpoint may bring one: their registration is the last statement of kinds.
+    package = types.ModuleType("a_copy")
+    package.__path__ = [str(Path(kinds.__file__).parent)]
+    monkeypatch.setitem(sys.modules, "a_copy", package)
+    second = importlib.import_module("a_copy.kinds")
     assert second.multipole_attention_forward is not before[0]
     assert (AttentionInterface()["multipole"], AttentionMaskInterface()["multipole"]) == before
