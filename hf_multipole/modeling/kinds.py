@@ -1,16 +1,6 @@
 """The kinds of layers, in one table: what a layer of each is made of. Models, caches and Transformers' interfaces take it from here.
 
-To add a kind, give it
-
-1. a name, in ``LAYER_TYPES`` of configuration_multipole.py, and its options, as fields in options.py;
-2. its attention on tensors ``(batch, heads, tokens, head_dim)``, in a file of its own that imports torch alone, and the same in
-   reference.py, dense and in float64;
-3. an attention function with Transformers' signature, as in attention_functions.py, and, if a causal row is not all that it needs to
-   know, a mask function, as in attention_masks.py;
-4. a cache layer, if it keeps less than all keys and values, and one that says why there is none for static caches;
-5. the parts that it learns, as a module, or a layer with projections of its own;
-6. its line in ``KINDS``;
-7. its name in ``KINDS`` of tests/modeling/test_kinds.py, whose properties hold for every kind.
+How to add one: hf_multipole/README.md.
 """
 
 from collections.abc import Callable
