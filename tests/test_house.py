@@ -197,7 +197,7 @@ def modeling_travels(path: str, text: str) -> list[Fault]:
 
 def kernels_apart(path: str, text: str) -> list[Fault]:
     """Triton is imported in one file, where it may be missing, and kernel files only where a kernel runs."""
-    if not path.startswith("hf_multipole/"):
+    if not path.startswith("hf_multipole/") or not path.endswith(".py"):
         return []
     names = [(name, node) for name, node in imports(path, text)]
     if OF_KERNELS.fullmatch(Path(path).stem):
