@@ -4,6 +4,11 @@ Importing this package registers the multipole models with the Auto classes, "mu
 implementations, and what checkpoints of converted models need to load.
 """
 
+from .commands.startup import begin
+
+begin()  # before torch is imported, which takes seconds
+
+# ruff: noqa: E402
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -1,9 +1,6 @@
-"""Trains a masked language model with Trainer. Arguments as in run_clm.py, and those of MaskingArguments.
+"""Trains a masked language model: the same as `hf-multipole train-mlm`, which has the options (--help)."""
 
-python scripts/run_mlm.py --config configs/wikitext-103-masked.yaml
-"""
-
-from hf_multipole.training.run import run
+from hf_multipole.commands.__main__ import main
 
 if __name__ == "__main__":
-    run("run_mlm.py", masked=True)
+    main("train-mlm")

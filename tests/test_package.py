@@ -13,8 +13,8 @@ from transformers.dynamic_module_utils import check_imports
 
 import hf_multipole
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
-from hf_multipole.training.arguments import parse
 from hf_multipole.training.hub import AUTO_MAP, save_with_code
+from hf_multipole.training.parsing import parse
 
 ROOT = Path(__file__).parent.parent
 MODELING = Path(hf_multipole.__file__).parent / "modeling"

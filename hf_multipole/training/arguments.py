@@ -1,14 +1,11 @@
-"""The arguments of the training scripts: a YAML file, with overrides from the command line."""
+"""The arguments of training runs, beyond Transformers' TrainingArguments. Light to import: their words are the help of the commands."""
 
-import argparse
 import dataclasses
-import difflib
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
-from transformers import CONFIG_MAPPING, HfArgumentParser, TrainingArguments
+
+from ..modeling.options import nearest
 
 # What Transformers' example scripts call it.
 _OTHER_NAMES = {
@@ -47,6 +44,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        from transformers import CONFIG_MAPPING  # seconds
+
         self.config_overrides = mapping(self.config_overrides, "config_overrides", "{hidden_size: 128}")
         self.convert = mapping(self.convert, "convert", "{kind: multipole, block_size: 64}")
         if self.model_type not in CONFIG_MAPPING:
@@ -96,6 +95,8 @@ class DataArguments:
     def __post_init__(self):
         check_integers(self, 2, "context_length")
         check_integers(self, 1, "eval_rows", "test_rows")
+        if isinstance(self.eval_context_lengths, int):
+            self.eval_context_lengths = [self.eval_context_lengths]
         for length in self.eval_context_lengths or ():
             if not isinstance(length, int) or length < 2:
                 raise ValueError(f"eval_context_lengths has {length!r}, but lengths are integers of at least 2")
@@ -152,7 +153,10 @@ class MaskingArguments:
 
 def mapping(value: dict | str | None, name: str, example: str) -> dict:
     """A mapping, from YAML text where it comes from the command line."""
-    value = (yaml.safe_load(value) if isinstance(value, str) else value) or {}
+    try:
+        value = (yaml.safe_load(value) if isinstance(value, str) else value) or {}
+    except yaml.YAMLError:
+        pass  # told below
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a YAML mapping such as '{example}', but is {value!r}")
     return value
@@ -167,8 +171,9 @@ def check_integers(arguments, least: int, *names: str) -> None:
 
 
 def suggestion(name: str, known) -> str:
-    near = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else difflib.get_close_matches(str(name), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """What to add to a message about an unknown name: the nearest known one, or what it is called here."""
+    other = _OTHER_NAMES.get(name)
+    return f"; did you mean {other!r}?" if other in known else nearest(name, known)
 
 
 def check_names(given, known, where: str) -> None:
@@ -176,62 +181,3 @@ def check_names(given, known, where: str) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"{where} has an unknown key {name!r}{suggestion(name, known)}")
-
-
-def read_yaml(path: Path, kinds: tuple[type, ...]) -> dict:
-    """The mapping in a configuration file, its names checked."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of names to values")
-    fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind) if f.init}
-    check_names(values, fields, str(path))
-    for name, value in values.items():
-        # YAML takes 1e-3, without a point, for text.
-        if isinstance(value, str) and "float" in str(fields[name].type):
-            try:
-                values[name] = float(value)
-            except ValueError:
-                raise ValueError(f"{path} has {name}: {value!r}, which is not a number") from None
-    return values
-
-
-def _refuse(message: str):
-    raise ValueError(f"the command line has an {message}" if message.startswith("argument") else message)
-
-
-def parse(argv: list[str] | None = None, kinds: tuple[type, ...] = (ModelArguments, DataArguments, RunArguments, TrainingArguments)):
-    """``--config FILE.yaml`` and then ``--name value`` for single fields; the command line wins, mappings are merged.
-
-    Returns one object for each of ``kinds``. Raises ValueError and OSError, with one line each, for what cannot be used.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    known, rest = first.parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        return HfArgumentParser(kinds).parse_args_into_dataclasses(rest)
-    values = read_yaml(known.config, kinds) if known.config else {}
-    # Only what the command line says overrides the file, not the parser's defaults.
-    probe = HfArgumentParser(kinds, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for action in probe._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    probe.error = _refuse
-    given, unknown = probe.parse_known_args(rest)
-    names = {f.name for kind in kinds for f in dataclasses.fields(kind) if f.init}
-    check_names([name.lstrip("-").partition("=")[0] for name in unknown if name.startswith("--")], names, "the command line")
-    if unknown:
-        raise ValueError(f"the command line has {unknown[0]!r}, which belongs to no option")
-    given = vars(given)
-    for name in ("config_overrides", "convert"):
-        if name in given:
-            given[name] = mapping(values.get(name), name, "{}") | mapping(given[name], name, "{name: value}")
-    parsed = HfArgumentParser(kinds).parse_dict(values | given)
-    for arguments in parsed:
-        if isinstance(arguments, TrainingArguments) and arguments.hub_token:
-            # Trainer writes its arguments beside the weights. huggingface_hub finds the token here.
-            os.environ["HF_TOKEN"], arguments.hub_token = arguments.hub_token, None
-    return parsed

@@ -19,6 +19,7 @@ from ..integration.conversion import convert, extend_context, trained_context
 from ..modeling.hierarchy import level_count
 from ..modeling.summaries import DirectSummary
 from .arguments import ModelArguments, check_names
+from .errors import load
 
 
 def build_tokenizer(args: ModelArguments, masked: bool) -> PreTrainedTokenizerBase:
@@ -28,10 +29,8 @@ def build_tokenizer(args: ModelArguments, masked: bool) -> PreTrainedTokenizerBa
         # One of the ids that ByT5 itself masks with.
         return ByT5Tokenizer(**{"mask_token": "<extra_id_0>"} if masked else {})
     revision = None if args.tokenizer_name else args.model_revision
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
-    except OSError as error:
-        raise OSError(f"there is no tokenizer {source}: {error}") from error
+    options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load("tokenizer", source, AutoTokenizer.from_pretrained, **options)
     if masked and tokenizer.mask_token is None:
         raise ValueError(f"the tokenizer {source} has no mask token, which masked language modelling needs; give another tokenizer_name")
     return tokenizer
@@ -48,10 +47,7 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
         options["attn_implementation"] = args.attn_implementation
     if args.model_name_or_path:
         options |= {"revision": args.model_revision or "main", "trust_remote_code": args.trust_remote_code}
-        try:
-            model = auto_class.from_pretrained(args.model_name_or_path, **options)
-        except OSError as error:
-            raise OSError(f"there is no checkpoint {args.model_name_or_path}: {error}") from error
+        model = load("checkpoint", args.model_name_or_path, auto_class.from_pretrained, **options)
     else:
         if args.dtype == "auto":
             raise ValueError("dtype auto is the dtype of a checkpoint; a new model needs one by name")

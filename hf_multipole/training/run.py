@@ -1,4 +1,4 @@
-"""One training run: what run_clm.py and run_mlm.py share."""
+"""One training run: what the commands train-clm and train-mlm share."""
 
 import dataclasses
 import os
@@ -10,49 +10,38 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import ByT5Tokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..modeling.configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
 from ..modeling.multipole_cache import STATE_IMPLEMENTATIONS
 from . import checkpoints
-from .arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
+from .arguments import DataArguments, RunArguments
 from .batches import MaskingCollator, collate
+from .cards import command, write_card
 from .data import first_files, hold_out, load_texts, pack, recut, stream
+from .errors import one_line, told_in_a_line
 from .figures import plot_attention, plot_curves, plot_scaling
-from .hub import NETWORK_ERRORS, add_code, push
+from .hub import add_code, push
 from .metrics import compression_baselines
 from .models import build_model, build_tokenizer, check_model, keeps_documents_apart
-from .report import command, curve, measure_scaling, write_card
+from .parsing import KINDS, MASKED_KINDS, parse
+from .report import curve, measure_scaling
 from .trainer import CheckpointError, LanguageModelTrainer
 
-# What a user can put right: told in one line. Anything else is our own mistake, and shows its traceback.
-BAD_INPUT = (ValueError, ImportError, StrictDataclassError, HFValidationError, *NETWORK_ERRORS)
 
+def run(program: str, line: list[str], masked: bool) -> None:
+    """The whole of a training command: arguments from a command line, training, figures, model card, upload.
 
-def one_line(error: BaseException) -> str:
-    # A configuration's own error is the cause of the one that its class raises.
-    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    return " ".join(str(cause).split()) or type(cause).__name__
-
-
-def fail(script: str, error: BaseException) -> None:
-    """Ends the process with one line; of several processes, which all fail alike, the first one writes it."""
-    sys.exit(f"{script}: {one_line(error)}" if os.environ.get("RANK", "0") == "0" else 1)
-
-
-def run(script: str, masked: bool) -> None:
-    """The whole of a training script: arguments from the command line, training, figures, model card, upload."""
-    try:
-        trainer, given = prepare(masked)
-    except BAD_INPUT as error:
-        fail(script, error)
+    program: its name in messages.
+    """
+    with told_in_a_line(program):
+        trainer, given = prepare(line, masked)
     try:
         trainer.train(resume_from_checkpoint=given["checkpoint"])
     except (CheckpointError, ImportError) as error:
         # It may concern one process alone, whichever; or an optimizer's package is not installed.
-        sys.exit(f"{script}: {one_line(error)}")
+        sys.exit(f"{program}: {one_line(error)}")
     metrics = trainer.evaluate(given["held_out"], metric_key_prefix="test")
     # Trainer turns it off, for training.
     trainer.accelerator.unwrap_model(trainer.model).config.use_cache = given["use_cache"]
@@ -63,18 +52,17 @@ def run(script: str, masked: bool) -> None:
             try:
                 print(push(Path(trainer.args.output_dir), trainer.args, "End of training", trainer.run_args.hub_retries))
             except OSError as error:
-                sys.exit(f"{script}: {one_line(error)}; the trained model is in {trainer.args.output_dir}")
+                sys.exit(f"{program}: {one_line(error)}; the trained model is in {trainer.args.output_dir}")
     # Nobody leaves while another one still needs the connection.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def prepare(masked: bool):
+def prepare(line: list[str], masked: bool):
     """The trainer, and what the report needs. Everything that can be refused is refused here, before a step is taken or a file
     is written.
     """
-    kinds = (ModelArguments, DataArguments, RunArguments, TrainingArguments, *((MaskingArguments,) if masked else ()))
-    model_args, data_args, run_args, args, *masking = parse(kinds=kinds)
+    model_args, data_args, run_args, args, *masking = parse(line, MASKED_KINDS if masked else KINDS, "masked" if masked else "causal")
     check(data_args, run_args, args)
     folder = Path(args.output_dir)
     parts = [model_args, data_args, *masking]

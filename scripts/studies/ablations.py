@@ -23,8 +23,8 @@ from hf_multipole.training.arguments import DataArguments
 from hf_multipole.training.batches import collate
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import load_texts, pack, spread
+from hf_multipole.training.errors import BAD_INPUT, fail
 from hf_multipole.training.evaluation import measure
-from hf_multipole.training.run import BAD_INPUT, fail
 
 SILENT = -1e4
 

@@ -37,8 +37,8 @@ from hf_multipole.training.arguments import DataArguments
 from hf_multipole.training.batches import MaskingCollator, collate
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import hold_out, load_texts, pack, spread
+from hf_multipole.training.errors import BAD_INPUT, fail
 from hf_multipole.training.evaluation import measure
-from hf_multipole.training.run import BAD_INPUT, fail
 from scripts.benchmarks.tensor import machine
 from scripts.common import peers
 from scripts.studies import approximation_baselines as other

@@ -43,9 +43,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_multipole  # noqa: F401 (registers the multipole models)
 from hf_multipole.training import checkpoints
-from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, check_names, parse
+from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, check_names
+from hf_multipole.training.errors import BAD_INPUT, one_line
 from hf_multipole.training.figures import plot_curves, plot_positions
-from hf_multipole.training.run import BAD_INPUT, one_line
+from hf_multipole.training.parsing import parse
 from scripts.benchmarks.tensor import machine
 from scripts.common.peers import PEERS
 

@@ -57,7 +57,7 @@ def train(command, masked=False, plots=False):
     argv = ["run_mlm.py" if masked else "run_clm.py", *command]
     found = find_spec if plots else lambda name: None
     with unittest.mock.patch.object(sys, "argv", argv), unittest.mock.patch("hf_multipole.training.run.find_spec", found):
-        run(argv[0], masked)
+        run(argv[0], command, masked)
 
 
 def _die():

@@ -52,6 +52,7 @@ def test_generate_with_a_state(checkpoint, tmp_path):
         (["--prompt", "a", "--load-state", "nothing"], "no state file nothing"),
         (["--prompt", "a", "--save-state", "nowhere/a.state"], "must be a file in a folder that exists"),
         (["--prompt-file", "nothing"], "No such file"),
+        (["--prompt", "a", "--model", "nothing"], "there is no checkpoint nothing: no folder has that name, and the Hub did not answer"),
         (["--prompt", "a", "--max-new-tokens", -1], "must be at least 0"),
     ],
 )
@@ -158,7 +159,7 @@ def test_convert_to_tensor(stock_checkpoint, tmp_path):
     ("changed", "message"),
     [
         ({"--text": "nothing"}, "No such file"),
-        ({"--model": "nothing"}, "couldn't find them in the cached files"),
+        ({"--model": "nothing"}, "there is no checkpoint nothing: no folder has that name"),
         ({"--output": "."}, "is there already"),
         ({"--block-size": 200}, "gives 240 tokens, but up to 400 multipole attention is exact"),
         ({"--rank": 3}, "rank 3 does not divide block_size 8"),

@@ -8,8 +8,10 @@ from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
 from hf_multipole import MultipoleConfig
-from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
-from hf_multipole.training.report import command, curve, planned, write_card
+from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments
+from hf_multipole.training.cards import command, planned, write_card
+from hf_multipole.training.parsing import parse
+from hf_multipole.training.report import curve
 from hf_multipole.training.run import check
 
 ROOT = Path(__file__).parents[2]
