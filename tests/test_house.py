@@ -17,7 +17,7 @@ PARAMETERS, LINES, FILE_LINES, WIDTH = 12, 60, 500, 160
 
 # Where a file lies, and what of this repository it may import; the first line that fits counts.
 MAY_IMPORT = {
-    "hf_multipole/__init__.py": ["hf_multipole.modeling", "hf_multipole.integration"],
+    "hf_multipole/__init__.py": ["hf_multipole.modeling", "hf_multipole.integration", "hf_multipole.commands.startup"],
     "hf_multipole/reference.py": [],
     "hf_multipole/modeling/": ["hf_multipole.modeling"],
     "hf_multipole/integration/": ["hf_multipole.modeling", "hf_multipole.integration"],
