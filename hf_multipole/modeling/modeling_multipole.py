@@ -8,8 +8,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -62,6 +68,16 @@ class MultipoleRotaryEmbedding(nn.Module):
         inv_freq, self.attention_scaling = initial(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # Frequencies keep their precision when a model is put into another dtype: rounded to bfloat16, they would be off by a whole
+        # turn after a few thousand tokens.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(config: MultipoleConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
@@ -372,28 +388,109 @@ class MultipoleForMaskedLM(MultipolePreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
-class MultipoleForSequenceClassification(GenericForSequenceClassification, MultipolePreTrainedModel):
+class MultipoleForSequenceClassification(MultipolePreTrainedModel):
     """A label for each row, read at its last real token."""
 
     def __init__(self, config: MultipoleConfig):
-        # Not the generic constructor: it looks the backbone up in AutoModel, which a checkpoint with its own code is not in.
-        MultipolePreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = MultipoleModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """labels: ``(batch,)`` classes, or numbers for a regression, ``(batch, num_labels)`` of which is several of either.
 
-class MultipoleForTokenClassification(GenericForTokenClassification, MultipolePreTrainedModel):
+        The last real token of a row is the last one of its ``attention_mask``. Without a mask it is the last one that is not
+        ``pad_token_id``, or with ``inputs_embeds`` the last.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        batch, n = logits.shape[:2]
+        if attention_mask is not None:
+            real = attention_mask[:, -n:] > 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif input_ids is not None and batch > 1:
+            raise ValueError(f"{batch} rows without attention_mask or config.pad_token_id do not tell where they end; give one of the two")
+        else:
+            real = torch.ones(batch, n)
+        tokens = torch.arange(n, device=logits.device)
+        last = (tokens * real.to(logits.device)).argmax(1)
+        pooled = logits[torch.arange(batch, device=logits.device), last]
+        loss = None
+        if labels is not None:
+            count = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config, num_items_in_batch=count)
+            if count is not None and self.config.problem_type != "single_label_classification":
+                # The others are means over the labels of this part of the batch.
+                loss = loss * (labels.numel() / count)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MultipoleForTokenClassification(MultipolePreTrainedModel):
     """A label for each token."""
 
     def __init__(self, config: MultipoleConfig):
-        MultipolePreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = MultipoleModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """labels: ``(batch, n)`` classes, -100 where no loss is counted."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
 # Trainer knows by this list that labels are to be shifted, where it computes the loss (label smoothing).
