@@ -7,7 +7,6 @@ import json
 import os
 import weakref
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,26 +18,20 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_multipole import multipole_options
 from .hierarchy import check_rows
+from .kept import Kept, KeptTokens
+from .kept_layer import ROLLBACK, KeptLayer, PastTokens, to_take_back
 from .multipole_state import MultipoleState
 from .shared_query_state import LinearState
 from .state_attention import AttendOptions
 from .state_slots import Layout
 from .summaries import DirectSummary, MeanSummary
+from .tensor_cache import Sums
 
-# Tokens that can be taken back (assisted decoding), rounded up to whole blocks.
-ROLLBACK = 64
 # Attention implementations whose full-attention layers keep a state in stock models.
 STATE_IMPLEMENTATIONS = ("multipole", "multipole_linear")
 OUT_OF_STEP = "the layers of the cache have seen different numbers of tokens: an earlier call was interrupted; use a new cache"
 NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
 _FORMAT = "hf_multipole state 3"
-
-
-class PastTokens(NamedTuple):
-    """What a layer of the cache hands to the attention function in place of keys: its state, and the new ones."""
-
-    layer: DynamicLayer
-    new: torch.Tensor
 
 
 # Compiled code names layers, and modules, by numbers: what Python counts in a state must not become part of it.
@@ -65,7 +58,7 @@ def keeps_state(cache, layer_idx: int, output_attentions: bool | None) -> bool:
     layers = getattr(cache, "layers", ())
     layer = layers[layer_idx] if layer_idx < len(layers) else None
     # By its attributes: a layer may be of another copy of this class, from the code of a checkpoint.
-    return hasattr(layer, "rollback") and not output_attentions and (layer.state is not None or not layer.is_initialized)
+    return hasattr(layer, "kept") and not output_attentions and (layer.kept is None or not layer.kept.has_keys)
 
 
 def compiled_state(cache):
@@ -81,13 +74,12 @@ def _is_tensor(layer) -> bool:
     return getattr(layer, "_layer_type", None) == "tensor_attention"
 
 
-class _StateLayer:
-    """A cache layer that keeps a state, or all keys where attention is exact: whichever its first tokens ask for."""
+class MultipoleLayer(KeptLayer):
+    """Cache layer of multipole attention, also of the O(n) form, which DynamicCache makes from ``config.layer_types``: it keeps a state,
+    or all keys where attention is exact, whichever its first tokens ask for.
+    """
 
-    rollback = ROLLBACK
-    is_croppable = True
-    supports_early_init = False
-    state: MultipoleState | None = None
+    _layer_type = "multipole_attention"
     always = False  # a state even where update is not asked for one: the attention of stock models does not know to ask
 
     def __init__(self, *args, **kwargs):
@@ -105,19 +97,25 @@ class _StateLayer:
         self.__dict__.update(state)
         self.number = self._take_number()
 
+    @property
+    def state(self) -> MultipoleState | None:
+        """What is kept, where that is a state."""
+        return None if self.kept is None or self.kept.has_keys else self.kept
+
     def update(self, key_states, value_states, *args, state: bool = False, **kwargs):
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
-        if self.always and self.config._attn_implementation not in STATE_IMPLEMENTATIONS:
+        always = self.always and (self.kept is None or not self.kept.has_keys)
+        if always and self.config._attn_implementation not in STATE_IMPLEMENTATIONS:
             raise ValueError(
                 "a MultipoleCache belongs to models that run with attn_implementation='multipole' or 'multipole_linear', but this one "
                 f"runs with {self.config._attn_implementation!r}; use a DynamicCache"
             )
-        if state or self.always:
+        if state or always:
             return PastTokens(self, key_states), value_states
         self.check_exact()
-        if self.is_initialized and self.keys.shape[-1] not in (0, key_states.shape[-1]):
+        if self.kept is not None and self.keys.shape[-1] != key_states.shape[-1]:
             raise ValueError("the cache was filled by another model, or with another attention implementation; use a new cache")
-        return super().update(key_states, value_states, *args, **kwargs)
+        return self.keep_tokens(key_states, value_states)
 
     def check_exact(self) -> None:
         """Raises ValueError where all keys are asked for, but only a state is there."""
@@ -157,61 +155,8 @@ class _StateLayer:
             state = kind(q, k, v, layout, levels, direct=direct, rotated=rotary is not None, max_levels=max_levels)
         means = MeanSummary(block_size, rank)
         out = state.attend(q, k, v, new, AttendOptions(key_summary or means, value_summary or means, rotary=rotary, **options))
-        self.state, self.is_initialized = state, True
+        self.kept = state
         return out
-
-    def get_seq_length(self) -> int:
-        return super().get_seq_length() if self.state is None else self.state.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return super().get_mask_sizes(query_length) if self.state is None else (self.state.seen + query_length, 0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back ``-tokens_to_remove`` tokens, up to ``rollback`` of them; a positive number is the length to keep, as in
-        Transformers before 5.23.
-        """
-        if self.state is None:
-            return super().crop(tokens_to_remove)
-        self.state.take_back(to_take_back(tokens_to_remove, self.state.seen))
-
-    def reset(self) -> None:
-        if self.state is None:
-            return super().reset()
-        self.state, self.is_initialized = None, False
-
-    def _select(self, index: torch.Tensor) -> None:
-        self.state.select(torch.arange(len(self.state.rows))[index.cpu()])
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx) if self.state is None else self._select(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices) if self.state is None else self._select(torch.as_tensor(indices))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is None:
-            return super().batch_repeat_interleave(repeats)
-        self._select(torch.arange(len(self.state.rows)).repeat_interleave(repeats))
-
-    # The state is small, and used after `update`: it stays on its device.
-    def offload(self) -> None:
-        if self.state is None:
-            super().offload()
-
-    def prefetch(self) -> None:
-        if self.state is None:
-            super().prefetch()
-
-
-def to_take_back(tokens_to_remove: int, seen: int) -> int:
-    count = int(tokens_to_remove)  # some versions of generate pass a tensor
-    return -count if count <= 0 else max(0, seen - count)
-
-
-class MultipoleLayer(_StateLayer, DynamicLayer):
-    """Cache layer of multipole attention, also of the O(n) form, which DynamicCache makes from ``config.layer_types``."""
-
-    _layer_type = "multipole_attention"
 
 
 class MultipoleStaticLayer(StaticLayer):
@@ -362,9 +307,7 @@ class MultipoleCache(DynamicCache):
         """Takes back ``-tokens_to_remove`` tokens in all layers, or raises ValueError and changes none."""
         count = to_take_back(tokens_to_remove, self.get_seq_length())
         for layer in self.layers:
-            if getattr(layer, "state", None) is not None:
-                layer.state.check_take_back(count)
-            elif _is_tensor(layer):
+            if hasattr(layer, "kept"):
                 layer.check_crop(count)
             elif isinstance(layer, DynamicSlidingWindowLayer) and count and not layer.record_past:
                 if layer.get_seq_length() >= layer.sliding_window:
@@ -396,11 +339,10 @@ class MultipoleCache(DynamicCache):
         tensors, layers = {}, []
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in _tensors(layer).items()}
-            state = getattr(layer, "state", None)
-            if state is None and not isinstance(layer, DynamicLayer):
+            if not isinstance(layer, DynamicLayer):
                 raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be saved")
-            described = layer if _is_tensor(layer) else state
-            layers.append({"seen": layer.get_seq_length()} if described is None else described.description())
+            kept = getattr(layer, "kept", None)
+            layers.append({"seen": layer.get_seq_length()} if kept is None else kept.description())
         metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
         # A name of its own, so that a half-written file is never taken for a whole one.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -434,25 +376,26 @@ class MultipoleCache(DynamicCache):
         cache.bind(model)
         for i, (layer, description) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
             own = {name.split(".")[1]: x for name, x in tensors.items() if name.split(".")[0] == str(i)}
-            if _is_tensor(layer):
-                layer.restore(description, own)
-            elif "rows" not in description:
-                layer.always = False  # all keys, as they were kept
+            if hasattr(layer, "kept"):
+                layer.kept = _kind(description, own).restored(description, own)
+                if isinstance(layer.kept, MultipoleState):
+                    layer.rollback = layer.kept.layout.spare * layer.kept.layout.block_size
+            else:
                 layer.update(own["keys"], own["values"])
                 if isinstance(layer, DynamicSlidingWindowLayer):
                     layer.cumulative_length = description["seen"]
-            else:
-                kind = LinearState if "far" in own else MultipoleState
-                layer.state, layer.is_initialized = kind.restored(description, own), True
-                layer.rollback = layer.state.layout.spare * layer.state.layout.block_size
         return cache
+
+
+def _kind(description: dict, tensors: dict[str, torch.Tensor]) -> type[Kept]:
+    """What was saved."""
+    if "rows" in description:
+        return LinearState if "far" in tensors else MultipoleState
+    return Sums if "sums" in tensors else KeptTokens
 
 
 def _tensors(layer) -> dict[str, torch.Tensor]:
     """What a layer of a cache holds."""
-    state = getattr(layer, "state", None)
-    if state is not None:
-        return state.tensors()
-    if _is_tensor(layer):
-        return layer.tensors()
+    if hasattr(layer, "kept"):
+        return {} if layer.kept is None else layer.kept.tensors()
     return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}

@@ -134,7 +134,7 @@ def test_the_size_does_not_grow(kind):
         _, cache = run(model, torch.cat([tokens(n=100)] * 3, 1), [90], cache=cache)
         sizes.append(cache.nbytes)
     assert sizes[0] == sizes[1] == sizes[2] > 0
-    largest = {tuple(x.shape) for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)}
+    largest = {tuple(x.shape) for layer in cache.layers for x in layer.kept.tensors().values()}
     # Of keys and values: two indices of two heads; the window and what can be taken back. Of sums: C(3 + degree, degree) features.
     degree = len(model.model.layers[0].self_attn.approximation(torch.float64).coefficients) - 1 if kind is POLYNOMIAL else None
     features = (degree + 3) * (degree + 2) * (degree + 1) // 6 if degree else None
