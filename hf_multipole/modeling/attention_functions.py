@@ -13,7 +13,6 @@ from .learned import trained_length, trained_levels
 from .multipole_attention import aligned_attention
 from .multipole_cache import NO_DROPOUT, OUT_OF_STEP, numbered
 from .multipole_rows import Call
-from .options import MultipoleOptions
 from .summaries import compute_dtype
 from .tensor_attention import check_dropout, document_attention
 
@@ -38,18 +37,6 @@ def refuse_features(arguments: dict, windowed: bool, asker: str) -> None:
             raise ValueError(f"{asker} does not support {name}: {remedy}")
 
 
-def _call(module, query, longest, causal, downsample_queries, dropout, softcap, scaling, key_summary) -> Call:
-    rest = _options(module, query, longest, softcap, scaling, key_summary)
-    sizes = {name: rest.pop(name) for name in ("block_size", "rank", "size_weighting")}
-    return Call(
-        MultipoleOptions(downsample_queries=downsample_queries, **sizes),
-        query_summary=getattr(getattr(module, "far_field", None), "query_summary", None),
-        causal=causal,
-        dropout_p=dropout,
-        **rest,
-    )
-
-
 @torch.compiler.disable
 def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, rotary, downsample_queries) -> torch.Tensor:
     """Attention on the state of a cache layer."""
@@ -58,8 +45,7 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
         raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    options = _options(module, q, mask.length, softcap, scale)
-    return layer.attend(q, k, v, mask.new_tokens, rotary=rotary, downsample_queries=downsample_queries, **options)
+    return layer.attend(q, k, v, mask.new_tokens, _call(module, q, mask.length, softcap, scale, downsample_queries), rotary)
 
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::attend_state", mutates_args=("layer",))
@@ -106,9 +92,9 @@ def _(layer):
     return torch.empty((), dtype=torch.long)
 
 
-def _options(module, query, length: int, softcap, scale, key_summary=None) -> dict:
-    """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks."""
-    options = multipole_options(module.config)
+def _call(module, query, length: int, softcap, scale, downsample_queries: bool) -> Call:
+    """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks: without dropout, and causal."""
+    options = multipole_options(module.config, downsample_queries)
     far_field = getattr(module, "far_field", None)
     if far_field is None and options.is_learned:
         raise ValueError(
@@ -126,14 +112,16 @@ def _options(module, query, length: int, softcap, scale, key_summary=None) -> di
             f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
             "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
         )
-    return {name: getattr(options, name) for name in ("block_size", "rank", "size_weighting")} | {
-        "key_summary": getattr(far_field, "key_summary", None) if key_summary is None else key_summary,
-        "value_summary": getattr(far_field, "value_summary", None),
-        "far_bias": None if far_field is None else far_field(),
-        "max_levels": max_levels,
-        "softcap": softcap,
-        "scale": scale,
-    }
+    return Call(
+        options,
+        key_summary=getattr(far_field, "key_summary", None),
+        value_summary=getattr(far_field, "value_summary", None),
+        query_summary=getattr(far_field, "query_summary", None),
+        far_bias=None if far_field is None else far_field(),
+        max_levels=max_levels,
+        softcap=softcap,
+        scale=scale,
+    )
 
 
 def _is_exact(module) -> bool:
@@ -259,15 +247,9 @@ def multipole_attention_forward(
     # Rows that are mostly padding have fewer levels than their length tells.
     alignment = attention_mask.alignment
     longest = attention_mask.length if alignment is None else min(attention_mask.length, alignment.index.shape[1])
-    out, weights = aligned_attention(
-        query,
-        tokens,
-        value,
-        alignment,
-        _call(module, query, longest, attention_mask.causal, downsample_queries, dropout, softcap, scaling, key_summary),
-        far_keys,
-        bool(output_attentions),
-    )
+    call = _call(module, query, longest, softcap, scaling, downsample_queries)
+    call = call._replace(causal=attention_mask.causal, dropout_p=dropout, key_summary=key_summary or call.key_summary)
+    out, weights = aligned_attention(query, tokens, value, alignment, call, far_keys, bool(output_attentions))
     if torch.is_grad_enabled() and hasattr(module, "far_field"):
         out = module.far_field.keep_in_graph(out, longest)
     return out.transpose(1, 2).contiguous(), weights

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from .configuration_multipole import multipole_options
 from .hierarchy import check_rows
 from .kept import Kept, KeptTokens
 from .kept_layer import ROLLBACK, KeptLayer, PastTokens, to_take_back
-from .multipole_state import MultipoleState
+from .multipole_rows import Call
+from .multipole_state import MultipoleState, NewTokens
 from .shared_query_state import LinearState
-from .state_attention import AttendOptions
 from .state_slots import Layout
 from .summaries import DirectSummary, MeanSummary
 from .tensor_cache import Sums
@@ -140,21 +141,20 @@ class MultipoleLayer(KeptLayer):
                 "cache"
             )
 
-    def attend(
-        self, q, k, v, new, *, block_size, rank, key_summary, value_summary, max_levels, rotary, downsample_queries, **options
-    ) -> torch.Tensor:
+    def attend(self, q, k, v, new: list[NewTokens], call: Call, rotary: Callable | None = None) -> torch.Tensor:
         """:meth:`MultipoleState.attend`, after making the state where there is none yet."""
-        direct = isinstance(key_summary, DirectSummary)
-        self.check_model(block_size, rank, direct, downsample_queries, max_levels)
+        options, direct = call.options, isinstance(call.key_summary, DirectSummary)
+        self.check_model(options.block_size, options.rank, direct, options.downsample_queries, call.max_levels)
         state = self.state
         if state is None:
             # Room for those of training; where these are not known, it grows.
-            levels = len(key_summary.levels) if direct else 1 if max_levels is None else max_levels
-            layout = Layout.for_rollback(block_size, rank, self.rollback)
-            kind = LinearState if downsample_queries else MultipoleState
-            state = kind(q, k, v, layout, levels, direct=direct, rotated=rotary is not None, max_levels=max_levels)
-        means = MeanSummary(block_size, rank)
-        out = state.attend(q, k, v, new, AttendOptions(key_summary or means, value_summary or means, rotary=rotary, **options))
+            levels = len(call.key_summary.levels) if direct else 1 if call.max_levels is None else call.max_levels
+            layout = Layout.for_rollback(options.block_size, options.rank, self.rollback)
+            kind = LinearState if options.downsample_queries else MultipoleState
+            state = kind(q, k, v, layout, levels, direct=direct, rotated=rotary is not None, max_levels=call.max_levels)
+        means = MeanSummary(options.block_size, options.rank)
+        call = call._replace(key_summary=call.key_summary or means, value_summary=call.value_summary or means)
+        out = state.attend(q, k, v, new, call, rotary)
         self.kept = state
         return out
 

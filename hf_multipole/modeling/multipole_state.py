@@ -18,7 +18,8 @@ from torch import nn
 from .backends import takes_kernels
 from .hierarchy import level_count
 from .kept import Kept
-from .state_attention import AttendOptions, Grid, StepBias, attend_grid, attend_slots, attend_slots_on_gpu
+from .multipole_rows import Call
+from .state_attention import Grid, StepBias, attend_grid, attend_slots, attend_slots_on_gpu
 from .state_slots import Layout, Rings
 from .state_summaries import Summariser
 from .summaries import compute_dtype
@@ -42,13 +43,13 @@ class Row:
     position: int | None = None  # position id of the next token
 
 
-class _Call(NamedTuple):
-    """One call of the attention."""
+class _Work(NamedTuple):
+    """What one call of the attention is done with."""
 
     keys: Summariser
     values: Summariser
     new: list[NewTokens]
-    options: AttendOptions  # with its scale
+    call: Call  # with its scale
     kernels: bool  # the GPU kernels run
 
 
@@ -64,7 +65,7 @@ class MultipoleState(Kept):
     """The past of one layer, in float32 (float64 for float64). Gradients stop here.
 
     q, k, v: tensors like those of the tokens to come. levels: those that there is room for; others are added as rows grow, up to
-    ``max_levels`` (None: as many as there are), except in direct summaries. rotated: k holds keys twice, see :class:`AttendOptions`.
+    ``max_levels`` (None: as many as there are), except in direct summaries. rotated: k holds keys twice, see :meth:`attend`.
     """
 
     linear = False  # whether it is that of the O(n) form
@@ -180,38 +181,39 @@ class MultipoleState(Kept):
 
     # Attention
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, new: list[NewTokens], options: AttendOptions) -> torch.Tensor:
+    def attend(self, q, k, v, new: list[NewTokens], call: Call, rotary: Callable | None = None) -> torch.Tensor:
         """Takes in new tokens and returns their attention ``(batch, heads, n, value_dim)``, zeros at padding.
 
         q: ``(batch, heads, n, dim)``; k, v: ``(batch, kv_heads, n, dim)``; new: which of the columns are tokens, row by row.
+        call: with its summaries. rotary: (x, positions) -> x where k holds the rotated keys and, behind them, the plain ones.
         """
         self.check_tokens(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device)
         self.check(new)
-        if options.rotary is not None and any(x.count and x.position is None for x in new):
+        if rotary is not None and any(x.count and x.position is None for x in new):
             raise ValueError("rotate_summaries needs position_ids that go up by one where there is a cache; pass use_cache=False")
-        self.check_levels(new, options.key_summary)
+        self.check_levels(new, call.key_summary)
         if self.keys.slots.is_inference() and not torch.is_inference_mode_enabled():
             self.select(torch.arange(self.batch))
-        call = self._call(q, v, new, options)
+        work = self._work(q, v, new, call, rotary)
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             if q.shape[2] == 1 and all(x.count for x in new) and not recorded:
-                out = self._step(q, k, v, call)
+                out = self._step(q, k, v, work)
             else:
-                out = self._chunk(q, k, v, call)
+                out = self._chunk(q, k, v, work)
         self._advance(q.shape[2], new)
         return out
 
-    def _call(self, q, v, new: list[NewTokens], options: AttendOptions) -> _Call:
+    def _work(self, q, v, new: list[NewTokens], call: Call, rotary: Callable | None) -> _Work:
         kernels = takes_kernels("auto", q, {"q": q.shape[-1], "v": v.shape[-1]})
         origins = None
-        if options.rotary is not None:
+        if rotary is not None:
             first = [(x.position or 0) if row.position is None else row.position for row, x in zip(self.rows, new)]
             origins = [position - row.length for row, position in zip(self.rows, first)]
-        keys = Summariser(self.keys, options.key_summary, kernels, options.rotary, origins)
-        values = Summariser(self.values, options.value_summary, kernels)
-        options = options._replace(scale=q.shape[-1] ** -0.5 if options.scale is None else options.scale)
-        return _Call(keys, values, new, options, kernels)
+        keys = Summariser(self.keys, call.key_summary, kernels, rotary, origins)
+        values = Summariser(self.values, call.value_summary, kernels)
+        call = call._replace(scale=q.shape[-1] ** -0.5 if call.scale is None else call.scale)
+        return _Work(keys, values, new, call, kernels)
 
     def _advance(self, columns: int, new: list[NewTokens]) -> None:
         """Counts tokens that were taken in."""
@@ -227,12 +229,12 @@ class MultipoleState(Kept):
     def _longest(self, new: list[NewTokens]) -> int:
         return max(row.length + x.count for row, x in zip(self.rows, new))
 
-    def _grow(self, length: int, call: _Call) -> None:
+    def _grow(self, length: int, work: _Work) -> None:
         """Makes room for every level that the token after ``length`` tokens can see, in any row."""
         while not self.direct and self.levels < level_count(length + 1, self.layout.block_size, self.max_levels):
             level = self.levels
             self.bias.forget()
-            for side in (call.keys, call.values):
+            for side in (work.keys, work.values):
                 side.rings.add_level()
                 # No row is longer than two groups of the new level, so that all groups of the level below are there.
                 for past, rows in alike([row.length for row in self.rows], self.device):
@@ -240,14 +242,14 @@ class MultipoleState(Kept):
 
     # Any number of tokens
 
-    def _chunk(self, q, k, v, call: _Call) -> torch.Tensor:
+    def _chunk(self, q, k, v, work: _Work) -> torch.Tensor:
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        self._grow(self._longest(call.new), call)
+        self._grow(self._longest(work.new), work)
         writes = []
-        for (past, start, count), rows in alike([(row.length, x.start, x.count) for row, x in zip(self.rows, call.new)], self.device):
+        for (past, start, count), rows in alike([(row.length, x.start, x.count) for row, x in zip(self.rows, work.new)], self.device):
             part = slice(start, start + count)
             if count:
-                got, kept = self._attend_rows(rows, past, *(x[:, :, part] if rows is None else x[rows, :, part] for x in (q, k, v)), call)
+                got, kept = self._attend_rows(rows, past, *(x[:, :, part] if rows is None else x[rows, :, part] for x in (q, k, v)), work)
                 out[slice(None) if rows is None else rows, :, part] = got
                 writes += kept
         # After all that can fail.
@@ -256,16 +258,16 @@ class MultipoleState(Kept):
             write()
         return out
 
-    def _attend_rows(self, rows, past: int, q, k, v, call: _Call) -> tuple[torch.Tensor, list[Callable]]:
+    def _attend_rows(self, rows, past: int, q, k, v, work: _Work) -> tuple[torch.Tensor, list[Callable]]:
         """Attention of new tokens of rows that all have ``past`` tokens behind them, and what is to be kept: calls that write it."""
         m, dim, n = self.layout.block_size, q.shape[-1], past + q.shape[2]
-        near_k, far_k, writes = self._bring(call.keys, rows, past, k)
-        near_v, far_v, more = self._bring(call.values, rows, past, v)
+        near_k, far_k, writes = self._bring(work.keys, rows, past, k)
+        near_v, far_v, more = self._bring(work.values, rows, past, v)
         before, after = past - max(0, past // m - 1) * m, -n % m
         padded = [nn.functional.pad(x, (0, 0, pad, after)) for x, pad in ((q, before), (near_k[..., :dim], 0), (near_v, 0))]
         begins = [groups.start for groups in self._at_hand(past)]
         grid = Grid(rows, past, q, *padded, [x[..., :dim] for x in far_k], far_v, begins)
-        out, most = self._attend_grid(grid, call)
+        out, most = self._attend_grid(grid, work)
         return out[:, :, before : before + n - past], writes + more + most
 
     def _at_hand(self, past: int) -> list[range]:
@@ -289,41 +291,41 @@ class MultipoleState(Kept):
         writes.append(partial(side.rings.keep_tokens, rows, n, x))
         return near, far[: level_count(n, m)], writes
 
-    def _attend_grid(self, grid: Grid, call: _Call) -> tuple[torch.Tensor, list[Callable]]:
+    def _attend_grid(self, grid: Grid, work: _Work) -> tuple[torch.Tensor, list[Callable]]:
         """Attention in the blocks of a grid, and what is to be kept of it beside tokens and groups."""
-        return attend_grid(grid, self.layout, call.options, call.kernels), []
+        return attend_grid(grid, self.layout, work.call, work.kernels), []
 
     # One more token in every row
 
-    def _step(self, q, k, v, call: _Call) -> torch.Tensor:
+    def _step(self, q, k, v, work: _Work) -> torch.Tensor:
         past = [row.length for row in self.rows]
         at = self.layout.of_next(past, self.device)
-        for side, x in zip((call.keys, call.values), (k, v)):
+        for side, x in zip((work.keys, work.values), (k, v)):
             side.rings.slots[at] = x[:, :, 0].to(side.rings.slots.dtype)
-        if call.kernels:
-            out = self._attend_on_gpu(q[:, :, 0], past, call)
+        if work.kernels:
+            out = self._attend_on_gpu(q[:, :, 0], past, work)
         else:
             # The query heads of one key head are its queries.
             grouped = q.reshape(len(q), k.shape[1], -1, q.shape[-1]).to(self.keys.slots.dtype)
-            out = self._attend_slots(grouped, self.bias.of(past, self.keys, q.shape[1], call.options), past, call)
-        self._finish_blocks([length + 1 for length in past], call)
+            out = self._attend_slots(grouped, self.bias.of(past, self.keys, q.shape[1], work.call), past, work)
+        self._finish_blocks([length + 1 for length in past], work)
         return out.reshape(*q.shape[:3], -1).to(k.dtype)
 
-    def _finish_blocks(self, lengths: list[int], call: _Call) -> None:
+    def _finish_blocks(self, lengths: list[int], work: _Work) -> None:
         """Summarises the last block of the rows in which it is full."""
         m = self.layout.block_size
         if all(length % m for length in lengths):
             return
-        self._grow(max(lengths), call)
+        self._grow(max(lengths), work)
         for length, rows in alike(lengths, self.device):
-            for side in (call.keys, call.values) if length % m == 0 else ():
+            for side in (work.keys, work.values) if length % m == 0 else ():
                 block = side.rings.tokens(rows, range(length - m, length))
                 side.keep(rows, length // m, side.extend(rows, block, length // m - 1))
 
-    def _attend_slots(self, q, bias, past: list[int], call: _Call) -> torch.Tensor:
+    def _attend_slots(self, q, bias, past: list[int], work: _Work) -> torch.Tensor:
         """Attention of one token after ``past`` others of each row, ``(batch, kv_heads, repeats, dim)``."""
-        return attend_slots(q, self.keys, self.values, bias, call.options)
+        return attend_slots(q, self.keys, self.values, bias, work.call)
 
-    def _attend_on_gpu(self, q, past: list[int], call: _Call) -> torch.Tensor:
+    def _attend_on_gpu(self, q, past: list[int], work: _Work) -> torch.Tensor:
         """The same of queries ``(batch, heads, dim)``."""
-        return attend_slots_on_gpu(q, self.keys, self.values, past, call.options)
+        return attend_slots_on_gpu(q, self.keys, self.values, past, work.call)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .multipole_attention import attend_segments
+from .multipole_rows import Call
 from .multipole_state import MultipoleState
 from .shared_query_torch import HIDDEN, merge, partial_softmax
-from .state_attention import AttendOptions, Grid, StepBias, attend_slots_on_gpu
+from .state_attention import Grid, StepBias, attend_slots_on_gpu
 
 
 class LinearState(MultipoleState):
@@ -48,8 +49,8 @@ class LinearState(MultipoleState):
         with torch.inference_mode(False):
             self.far = self.far.index_select(0, index.to(self.far.device, copy=True))
 
-    def _grow(self, length: int, call) -> None:
-        super()._grow(length, call)
+    def _grow(self, length: int, work) -> None:
+        super()._grow(length, work)
         missing = self.levels - self.far.shape[2]
         if missing:
             # No token so far is long enough to see anything of the new level.
@@ -69,7 +70,7 @@ class LinearState(MultipoleState):
         else:
             self.far[rows[:, None], :, level, slots] = far.transpose(1, 2)
 
-    def _results(self, level: int, segment: torch.Tensor, grid: Grid, options: AttendOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    def _results(self, level: int, segment: torch.Tensor, grid: Grid, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """Far results, of this level alone, of the segments of a grid with numbers ``(segments,)``: mean and log-sum-exp."""
         dtype, kv_heads, rank, device = self.values.slots.dtype, grid.k.shape[1], self.layout.rank, segment.device
         width = self._width(level)
@@ -78,16 +79,16 @@ class LinearState(MultipoleState):
         own = segment[:, None] // rank
         group = 2 * (own // 2 - 1) + torch.arange(2, device=device)
         seen = ((group >= 0) & (own - group >= 2)).repeat_interleave(rank, 1)[:, None]
-        bias = torch.tensor(math.log(width) if options.size_weighting else 0.0, dtype=dtype, device=device)
-        if options.far_bias is not None:
-            bias = bias + options.far_bias[:, min(level, options.far_bias.shape[1] - 1)].to(dtype).view(kv_heads, 1, -1, 1)
+        bias = torch.tensor(math.log(width) if call.options.size_weighting else 0.0, dtype=dtype, device=device)
+        if call.far_bias is not None:
+            bias = bias + call.far_bias[:, min(level, call.far_bias.shape[1] - 1)].to(dtype).view(kv_heads, 1, -1, 1)
         bias = torch.where(seen, bias, HIDDEN).clamp(min=HIDDEN)
         listed = (group - grid.begins[level]).clamp(min=0)
         k, v = (x[level].to(dtype).unflatten(2, (-1, rank))[:, :, listed].flatten(3, 4) for x in (grid.far_k, grid.far_v))
-        mean, total = partial_softmax(q, k, v, bias, options.scale, options.softcap)
+        mean, total = partial_softmax(q, k, v, bias, call.scale, call.softcap)
         return mean.transpose(2, 3).flatten(1, 2), total.transpose(2, 3).flatten(1, 2)
 
-    def _attend_grid(self, grid: Grid, call) -> tuple[torch.Tensor, list[Callable]]:
+    def _attend_grid(self, grid: Grid, work) -> tuple[torch.Tensor, list[Callable]]:
         m, rank, past, n = self.layout.block_size, self.layout.rank, grid.past, grid.past + grid.new.shape[2]
         whole = range(max(0, past // m - 1) * rank, -(-n // m) * rank)  # segments of level 1
         merged, known = self._nothing(*grid.q.shape[:2], len(whole)), whole.start  # of the level above, from its segment ``known`` on
@@ -98,7 +99,7 @@ class LinearState(MultipoleState):
             segment = torch.arange(fresh, end, device=grid.q.device)
             new = self._nothing(*grid.q.shape[:2], len(segment))
             if level < len(grid.far_k) and end > fresh:
-                results = self._results(level, segment, grid, call.options)
+                results = self._results(level, segment, grid, work.call)
                 if level + 1 < self.levels:
                     above = merged[:, :, segment // 2 - known]
                     results = merge(results, (above[..., :-1], above[..., -1]))
@@ -111,10 +112,9 @@ class LinearState(MultipoleState):
             merged, known = new, begin
         around = (known - whole.start, whole.stop - known - merged.shape[2])
         mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
-        operator_call = call.options.operator_call(self.layout)
-        return attend_segments(grid.q, grid.k, grid.v, mean, total, None, m, operator_call, call.kernels), writes
+        return attend_segments(grid.q, grid.k, grid.v, mean, total, None, m, work.call, work.kernels), writes
 
-    def _begin_segments(self, q, bias: torch.Tensor, past: list[int], options: AttendOptions) -> None:
+    def _begin_segments(self, q, bias: torch.Tensor, past: list[int], call: Call) -> None:
         """Far results of the segments, of whichever level and row, whose first token this is."""
         length = torch.tensor(past, device=q.device)[:, None]
         width = self._width(0) << torch.arange(self.levels, device=q.device)
@@ -122,7 +122,7 @@ class LinearState(MultipoleState):
         ring = self.layout.ring
         k, v = (x.slots[:, :, ring:].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
         bias = bias[..., ring:].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
-        results = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, bias, options.scale, options.softcap)
+        results = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, bias, call.scale, call.softcap)
         mean, total = (x.detach().transpose(2, 3).flatten(1, 2) for x in results)  # (batch, heads, levels, ...)
         merged, row = self._nothing(*mean.shape[:2]), torch.arange(len(past), device=q.device)
         for level in reversed(range(self.levels)):
@@ -135,23 +135,23 @@ class LinearState(MultipoleState):
         """Whether the token after ``past`` others begins a segment, in any row."""
         return self.levels > 0 and any(length % self._width(0) == 0 for length in past)
 
-    def _attend_on_gpu(self, q, past, call):
+    def _attend_on_gpu(self, q, past, work):
         if self._begins(past):
             grouped = q.unflatten(1, (self.keys.slots.shape[1], -1)).to(self.keys.slots.dtype)
-            bias = StepBias(self.layout).of(past, self.keys, q.shape[1], call.options)
-            self._begin_segments(grouped, bias, past, call.options)
-        return attend_slots_on_gpu(q, self.keys, self.values, past, call.options, self.far[:, :, 0] if self.levels else None)
+            bias = StepBias(self.layout).of(past, self.keys, q.shape[1], work.call)
+            self._begin_segments(grouped, bias, past, work.call)
+        return attend_slots_on_gpu(q, self.keys, self.values, past, work.call, self.far[:, :, 0] if self.levels else None)
 
-    def _attend_slots(self, q, bias, past, call):
-        ring, options = self.layout.ring, call.options
-        near = q @ self.keys.slots[:, :, :ring, : q.shape[-1]].transpose(2, 3) * options.scale
-        if options.softcap is not None:
-            near = options.softcap * torch.tanh(near / options.softcap)
+    def _attend_slots(self, q, bias, past, work):
+        ring, call = self.layout.ring, work.call
+        near = q @ self.keys.slots[:, :, :ring, : q.shape[-1]].transpose(2, 3) * call.scale
+        if call.softcap is not None:
+            near = call.softcap * torch.tanh(near / call.softcap)
         near, values = near + bias[..., :ring], self.values.slots[:, :, :ring]
         if not self.levels:
             return torch.softmax(near, -1) @ values
         if self._begins(past):
-            self._begin_segments(q, bias, past, options)
+            self._begin_segments(q, bias, past, call)
         slots = [length // self._width(0) % self.segments for length in past]
         rows, slot = (slice(None), slots[0]) if len(set(slots)) == 1 else (range(len(slots)), slots)
         far = self.far[rows, :, 0, slot].unflatten(1, q.shape[1:3])

@@ -1,6 +1,5 @@
 """Attention on a generation state: of new tokens in whole blocks, and of one more token on all slots at once."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,26 +8,8 @@ from torch import nn
 from .hierarchy import far_columns
 from .multipole_attention import Listing, attend_blocks, list_summaries, run_kernels
 from .multipole_rows import Call
-from .options import MultipoleOptions
 from .state_slots import Layout, Rings
 from .summaries import compute_dtype
-
-
-class AttendOptions(NamedTuple):
-    """What attention on a state depends on beside tokens: as in :func:`multipole_attention`."""
-
-    key_summary: nn.Module
-    value_summary: nn.Module
-    size_weighting: bool = True
-    far_bias: torch.Tensor | None = None
-    softcap: float | None = None
-    scale: float | None = None
-    rotary: Callable | None = None  # (x, positions) -> x: k then holds the rotated keys and, behind them, the plain ones
-
-    def operator_call(self, layout: Layout) -> Call:
-        """The same for the operators on blocks."""
-        options = MultipoleOptions(block_size=layout.block_size, rank=layout.rank, size_weighting=self.size_weighting)
-        return Call(options, far_bias=self.far_bias, softcap=self.softcap, scale=self.scale)
 
 
 class Grid(NamedTuple):
@@ -45,14 +26,13 @@ class Grid(NamedTuple):
     begins: list[int]  # the first of these groups, of each level
 
 
-def attend_grid(grid: Grid, layout: Layout, options: AttendOptions, kernels: bool) -> torch.Tensor:
+def attend_grid(grid: Grid, layout: Layout, call: Call, kernels: bool) -> torch.Tensor:
     """Attention in the blocks of a grid, ``(rows, heads, slots, value_dim)``."""
     m, rank, device = layout.block_size, layout.rank, grid.q.device
     first, n = max(0, grid.past // m - 1), grid.past + grid.new.shape[2]
     counts = [groups.shape[2] // rank for groups in grid.far_k]
     none = [x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=compute_dtype(x.dtype)) for x in (grid.k, grid.v)]
     blocks = (grid.q, grid.k, grid.v, *(torch.cat([empty, *far], 2) for empty, far in zip(none, (grid.far_k, grid.far_v))))
-    call = options.operator_call(layout)
     if kernels:
         return run_kernels(*blocks, Listing(grid.begins[: len(counts)], counts, m, rank, first), call)[0]
     # Listed are the groups from ``begins`` on, one level after another.
@@ -75,11 +55,11 @@ class StepBias:
         self._bias: torch.Tensor | None = None
         self._options: tuple = ()
 
-    def of(self, past: list[int], rings: Rings, heads: int, options: AttendOptions) -> torch.Tensor:
+    def of(self, past: list[int], rings: Rings, heads: int, call: Call) -> torch.Tensor:
         """Of the token after ``past`` others of each row, ``(batch or 1, kv_heads, repeats, slots)``; its own slot is seen."""
-        size, far_bias = options.size_weighting, options.far_bias
+        size, far_bias = call.options.size_weighting, call.far_bias
         if self._bias is None or not self._same(heads, size, far_bias) or any(length % self.layout.block_size == 0 for length in past):
-            self._bias = self._visible([past[0]] if len(set(past)) == 1 else past, rings, heads, options)
+            self._bias = self._visible([past[0]] if len(set(past)) == 1 else past, rings, heads, call)
             self._options = heads, size, None if far_bias is None else far_bias.detach().clone()
         else:
             self._bias[self.layout.of_next(past, rings.slots.device)] = 0
@@ -93,39 +73,39 @@ class StepBias:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _visible(self, past: list[int], rings: Rings, heads: int, options: AttendOptions) -> torch.Tensor:
+    def _visible(self, past: list[int], rings: Rings, heads: int, call: Call) -> torch.Tensor:
         """``(rows, heads, slots)``."""
         layout, device, dtype = self.layout, rings.slots.device, rings.slots.dtype
         near, seen = layout.seen(torch.tensor(past, device=device), rings.levels)
         near = torch.where(near, 0.0, -torch.inf).to(dtype)[:, None].expand(-1, heads, -1)
         level = torch.arange(rings.levels, device=device).repeat_interleave(layout.groups)
         width = layout.block_size << level
-        far = (width.to(dtype) / layout.rank).log() if options.size_weighting else torch.zeros_like(width, dtype=dtype)
-        if options.far_bias is not None:
-            far = far + options.far_bias.to(dtype)[:, level.clamp(max=options.far_bias.shape[1] - 1)]
+        far = (width.to(dtype) / layout.rank).log() if call.options.size_weighting else torch.zeros_like(width, dtype=dtype)
+        if call.far_bias is not None:
+            far = far + call.far_bias.to(dtype)[:, level.clamp(max=call.far_bias.shape[1] - 1)]
         far = torch.where(seen[:, None], far, -torch.inf).expand(-1, heads, -1)
         return torch.cat([near, far.repeat_interleave(layout.rank, -1)], -1)
 
 
-def attend_slots(q: torch.Tensor, keys: Rings, values: Rings, bias: torch.Tensor, options: AttendOptions) -> torch.Tensor:
+def attend_slots(q: torch.Tensor, keys: Rings, values: Rings, bias: torch.Tensor, call: Call) -> torch.Tensor:
     """Attention of one token a row on all slots, ``(batch, kv_heads, repeats, dim)``; bias: as from :class:`StepBias`."""
     k, v = keys.slots[..., : q.shape[-1]], values.slots
-    if options.softcap is None:
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=options.scale)
-    logits = options.softcap * torch.tanh(q @ k.transpose(2, 3) * options.scale / options.softcap) + bias
+    if call.softcap is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=call.scale)
+    logits = call.softcap * torch.tanh(q @ k.transpose(2, 3) * call.scale / call.softcap) + bias
     return torch.softmax(logits, -1) @ v
 
 
 def attend_slots_on_gpu(
-    q: torch.Tensor, keys: Rings, values: Rings, past: list[int], options: AttendOptions, far: torch.Tensor | None = None
+    q: torch.Tensor, keys: Rings, values: Rings, past: list[int], call: Call, far: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention of one token a row, ``(batch, heads, dim)``, after ``past`` others; far: see the kernel, in place of the summaries."""
     from .state_triton import step
 
     layout = keys.layout
     lengths = None if len(set(past)) == 1 else torch.tensor(past, dtype=torch.int32, device=q.device)
-    far_bias = None if options.far_bias is None else options.far_bias.float()
+    far_bias = None if call.far_bias is None else call.far_bias.float()
     seen = slice(None if far is None else layout.ring)
     tokens = q, keys.slots[:, :, seen, : q.shape[-1]], values.slots[:, :, seen]
     sizes = layout.ring, layout.groups, layout.block_size, layout.rank
-    return step(*tokens, lengths, past[0], far_bias, far, *sizes, options.size_weighting, options.scale, options.softcap)
+    return step(*tokens, lengths, past[0], far_bias, far, *sizes, call.options.size_weighting, call.scale, call.softcap)

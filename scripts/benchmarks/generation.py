@@ -31,9 +31,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_multipole import MultipoleCache, MultipoleConfig, MultipoleForCausalLM
 from hf_multipole.modeling.hierarchy import level_count
+from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
+from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.shared_query_state import LinearState
-from hf_multipole.modeling.state_attention import AttendOptions
 from hf_multipole.modeling.state_slots import Layout
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from scripts.benchmarks import cost_model
@@ -64,7 +65,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
     """Seconds of a step and bytes of the state, of each kind, with ``context`` tokens behind in each of ``batch`` rows."""
     torch.manual_seed(0)
     key_summary, value_summary = (HierarchicalSummary(o.block_size, o.rank, o.heads, o.head_dim) for _ in range(2))
-    options = AttendOptions(key_summary, value_summary)
+    call = Call(MultipoleOptions(block_size=o.block_size, rank=o.rank), key_summary, value_summary)
     chunk = min(context, 16384)
     keys, values = (torch.empty(1, o.heads, context, o.head_dim) for _ in range(2))
     token = torch.randn(1, o.heads, 1, o.head_dim)
@@ -76,7 +77,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
         for x in (keys, values):
             x[:, :, part].normal_()
         for state in states.values():
-            state.attend(*(x[:, :, part] for x in (values, keys, values)), [NewTokens(0, part.stop - start)], options)
+            state.attend(*(x[:, :, part] for x in (values, keys, values)), [NewTokens(0, part.stop - start)], call)
         bar.update(part.stop - start)
     for state in states.values():
         state.select(torch.zeros(batch, dtype=torch.long))  # the same row again and again, each in its own memory
@@ -92,7 +93,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
         at = (at + 1) % ring[0].shape[2]
         return F.scaled_dot_product_attention(token, *ring)
 
-    calls = {kind: (lambda state=state: state.attend(token, token, token, new, options)) for kind, state in states.items()}
+    calls = {kind: (lambda state=state: state.attend(token, token, token, new, call)) for kind, state in states.items()}
     calls |= {"local": local, "linear": lambda: peers.linear_step(token, token, token, sums)}
     calls["full"] = lambda: F.scaled_dot_product_attention(token, keys, values)
     counts = dict.fromkeys(calls, 2 * o.block_size) | {"full": max(1, min(64, 2**22 // (context * batch)))}

@@ -16,7 +16,6 @@ from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
 from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.shared_query_state import LinearState
-from hf_multipole.modeling.state_attention import AttendOptions
 from hf_multipole.modeling.state_slots import Layout
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from scripts.benchmarks import cost_model
@@ -113,7 +112,7 @@ def test_state_of_a_decoding_step(kind, n):
     state = kind(q, k, k, Layout(m, rank, spare=1), level_count(n + 1, m))
     key, value = (HierarchicalSummary(m, rank, kv_heads, dim) for _ in range(2))
     with torch.no_grad():
-        state.attend(q, k, k, [NewTokens(0, n)] * 3, AttendOptions(key, value))
+        state.attend(q, k, k, [NewTokens(0, n)] * 3, Call(MultipoleOptions(block_size=m, rank=rank), key, value))
     layer = Layer(n, 3, heads, kv_heads, dim, block_size=m, rank=rank)
     cost = cost_model.decode("multipole_linear" if kind is LinearState else "multipole", layer)
     assert cost.memory == sum(x.nbytes for x in state.tensors().values())
