@@ -217,3 +217,85 @@ def agrees(attention, other, case: Case, bound: float = 1e-11) -> None:
     actual, expected = (make(case).with_gradients(function) for function in (attention, other))
     for name, value in expected.items():
         assert_within(actual[name], value, bound * max(1, value.abs().max().item()), name, case)
+
+
+# Ways it is called
+
+
+def half_precision_is_rounded_once(attention, case: Case) -> None:
+    """Closer than the bound of every implementation: what is computed from the arguments is float32 to the end."""
+    actual = make(case).with_gradients(attention)
+    exact = make(case, torch.float64, rounded=case.dtype).with_gradients(multipole_attention_reference)
+    # Queries that stand for a segment take their gradients in parts.
+    for name in ("out",) if case.downsample else ("out", "q"):
+        error = (actual[name].double() - exact[name]).abs()
+        assert (error <= 0.51 * torch.finfo(case.dtype).eps * exact[name].abs() + 1e-5).all(), (name, error.max(), case)
+
+
+def not_finite_reaches_whom_the_reference_says(attention, case: Case, name: str, value: float, tokens: tuple[int, ...]) -> None:
+    """Neither farther, as a masked 0 * NaN would, nor less far, which would hide a fault of the model; a token in each row."""
+    padding = case.padding and case.padding * len(tokens)
+    call = make(replace(case, batch=case.batch * len(tokens), padding=padding))
+    with torch.no_grad():
+        for row, token in enumerate(token for token in tokens for _ in range(case.batch)):
+            call.leaves[name][row, 0, token, 1] = value
+    actual, expected = call(attention).isfinite(), call(multipole_attention_reference).isfinite()
+    wrong = (actual != expected).flatten(1).any(1).nonzero().flatten()
+    assert not len(wrong), f"rows {wrong.tolist()} of {case}"
+    assert not expected.all()
+
+
+def layout_does_not_matter(attention, case: Case) -> None:
+    assert torch.equal(make(case)(attention), make(replace(case, layout="contiguous"))(attention)), case
+
+
+def arguments_are_not_written_to(attention, case: Case) -> None:
+    call = make(case)
+    tensors = call.leaves | {"upstream": call.upstream}
+    before = {name: (x.clone(), x._version) for name, x in tensors.items()}
+    call.with_gradients(attention)
+    for name, (value, version) in before.items():
+        assert torch.equal(tensors[name], value) and tensors[name]._version == version, name
+
+
+def one_tensor_in_every_place(attention, case: Case) -> None:
+    """Gradients of its four uses add up, though some are completed in place."""
+    call = make(replace(case, repeats=1, dim=4, value_dim=4))
+    x = call.leaves["q"]
+    call.leaves |= {"k": x, "v": x, "far_keys": x}
+    (actual,) = torch.autograd.grad(call(attention), x, call.upstream, retain_graph=True)
+    (expected,) = torch.autograd.grad(call(multipole_attention_reference), x, call.upstream)
+    assert_within(actual, expected, 1e-10, "gradient", case)
+
+
+def autocast_computes_in_bfloat16(attention, case: Case) -> None:
+    """float32 in, bfloat16 computed and out, as by torch's own attention; gradients are float32. As without it, on rounded tensors."""
+    call, rounded = make(case), make(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(attention)
+    expected = rounded(lambda q, k, v, **options: attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    gradients = torch.autograd.grad(out, list(call.leaves.values()), call.upstream.bfloat16())
+    expected = torch.autograd.grad(expected, list(rounded.leaves.values()), call.upstream.bfloat16())
+    for name, one, other in zip(call.leaves, gradients, expected):
+        assert one.dtype == torch.float32 and torch.equal(one, other), name
+
+
+def gradients_are_numerical_derivatives(attention, case: Case, shape: str) -> None:
+    """Which share nothing with the reference."""
+    case = replace(case, n=14, block_size=2, rank=1, dim=2, value_dim=1, batch=1, kv_heads=1)
+    padding = ((1, 2),) if "padded" in shape else None
+    call = make(replace(case, padding=padding, cuts=(2, 9) if "packed" in shape else None))
+    names = list(call.leaves)
+
+    def function(*leaves):
+        # The weights of the summaries are the modules' own: changed in place by gradcheck.
+        return call.with_leaves(dict(zip(names, leaves)))(attention)
+
+    assert torch.autograd.gradcheck(function, tuple(call.leaves.values()))
+
+
+def compiles_without_a_graph_break(attention, case: Case) -> None:
+    """Traced forward and backward, without the code generator."""
+    torch._dynamo.reset()
+    agrees(torch.compile(attention, fullgraph=True, backend="aot_eager"), attention, case)

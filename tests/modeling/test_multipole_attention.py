@@ -1,12 +1,11 @@
-"""The operator and its PyTorch path: the properties, the ways it is used in training, and what it refuses."""
+"""The operator of multipole attention: the ways it is called and used in training, its weights, and what it refuses."""
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from hf_multipole import multipole_attention
@@ -16,109 +15,20 @@ from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from hf_multipole.reference import multipole_attention_reference
-from tests.helpers.multipole_cases import PADDED, SHAPES, Case, cases, make
+from tests.helpers.multipole_cases import PADDED, SHAPES, Case, make
 from tests.helpers.multipole_properties import (
     agrees,
-    documents_do_not_meet,
-    exact_when_keys_are_constant,
-    exact_when_short,
-    future_does_not_matter,
-    matches_reference,
-    padding_does_not_matter,
-    sees_exactly_what_is_visible,
-    weights_sum_to_one,
 )
-from tests.helpers.numerics import EVERY, LOW, assert_within
-from tests.helpers.rows import LAYOUTS, mask_of
+from tests.helpers.numerics import assert_within
+from tests.helpers.operators import check_operator
+from tests.helpers.rows import mask_of
 
 # One of everything: ragged, grouped heads, fewer bias columns than levels, a cap, other keys for the far field.
 FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical")
-
-
-# Properties
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("summary", ["mean", "direct", "hierarchical"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_output_and_gradients_equal_the_reference(causal, summary, shape):
-    matches_reference(multipole_attention, replace(FULL, causal=causal, summary=summary, **SHAPES[shape]))
-
-
-@settings(max_examples=60)
-@given(case=cases())
-@example(replace(FULL, causal=False, bias_levels=0))  # the masses' gradient, summed over the heads of a group
-def test_any_call_equals_the_reference(case):
-    matches_reference(multipole_attention, case)
-
-
-@settings(max_examples=40)
-@given(case=cases(dtypes=LOW))
-def test_lower_precision_stays_within_its_bound(case):
-    matches_reference(multipole_attention, case)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("causal", [True, False])
-def test_half_precision_is_rounded_once(causal, dtype):
-    """Closer than the bound of every implementation: what this one computes from its arguments is float32 to the end."""
-    case = replace(FULL, causal=causal, dtype=dtype, padding=PADDED)
-    actual = make(case).with_gradients(multipole_attention)
-    exact = make(case, torch.float64, rounded=dtype).with_gradients(multipole_attention_reference)
-    for name in ("out", "q"):
-        error = (actual[name].double() - exact[name]).abs()
-        assert (error <= 0.51 * torch.finfo(dtype).eps * exact[name].abs() + 1e-5).all(), (name, error.max())
-
-
-@given(case=cases(dtypes=EVERY))
-@example(replace(FULL, padding=PADDED))
-def test_weights_sum_to_one(case):
-    weights_sum_to_one(multipole_attention, case)
-
-
-@given(case=cases())
-@example(replace(FULL, padding=PADDED, cuts=(20,)))
-def test_sees_exactly_what_is_visible(case):
-    sees_exactly_what_is_visible(multipole_attention, case)
-
-
-@given(case=cases(dtypes=EVERY))
-@example(FULL)
-def test_the_future_does_not_matter(case):
-    future_does_not_matter(multipole_attention, case)
-
-
-@given(case=cases(dtypes=EVERY))
-@example(Case(n=8))
-@example(Case(n=1, cuts=()))
-def test_exact_when_the_near_field_covers_the_row(case):
-    exact_when_short(multipole_attention, case)
-
-
-@given(case=cases(dtypes=EVERY, n=st.integers(8, 60)))
-def test_exact_when_keys_are_constant(case):
-    exact_when_keys_are_constant(multipole_attention, case)
-
-
-@given(case=cases(dtypes=EVERY))
-@example(replace(FULL, causal=False))
-def test_padding_does_not_matter(case):
-    padding_does_not_matter(multipole_attention, case)
-
-
-@given(case=cases(dtypes=EVERY, n=st.integers(2, 60)))
-@example(replace(FULL, cuts=(3, 21, 30)))
-def test_documents_do_not_meet(case):
-    documents_do_not_meet(multipole_attention, case)
+PLAIN = {"softcap": None, "dtype": torch.bfloat16, "summary": "mean"}
 
 
 # What must not matter
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layout_in_memory_does_not_matter(layout):
-    one, other = (make(replace(FULL, layout=name)) for name in ("contiguous", layout))
-    assert torch.equal(one(multipole_attention), other(multipole_attention))
 
 
 def test_expanded_arguments():
@@ -138,27 +48,6 @@ def test_expanded_arguments():
         assert_within(gradient, expected[name].sum((0, 1), keepdim=True), 1e-11, name, case)
 
 
-def test_arguments_are_not_written_to():
-    call = make(replace(FULL, padding=PADDED))
-    tensors = call.leaves | {"upstream": call.upstream}
-    before = {name: (x.clone(), x._version) for name, x in tensors.items()}
-    call.with_gradients(multipole_attention)
-    for name, (value, version) in before.items():
-        assert torch.equal(tensors[name], value) and tensors[name]._version == version, name
-
-
-@pytest.mark.parametrize("n", [7, 45])
-def test_one_tensor_in_every_place(n):
-    """Gradients of its four uses add up, though some are completed in place."""
-    case = replace(FULL, n=n, repeats=1, dim=4, value_dim=4)
-    call = make(case)
-    x = call.leaves["q"]
-    call.leaves |= {"k": x, "v": x, "far_keys": x}
-    (actual,) = torch.autograd.grad(call(multipole_attention), x, call.upstream, retain_graph=True)
-    (expected,) = torch.autograd.grad(call(multipole_attention_reference), x, call.upstream)
-    assert_within(actual, expected, 1e-10, "gradient", case)
-
-
 def test_backward_twice():
     call = make(FULL)
     out, leaves = call(multipole_attention), list(call.leaves.values())
@@ -170,42 +59,10 @@ def test_backward_twice():
 # In training
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradcheck(causal, shape):
-    """Numerical derivatives, which share nothing with the reference."""
-    case = replace(FULL, n=14, block_size=2, rank=1, dim=2, value_dim=1, batch=1, kv_heads=1, causal=causal)
-    padding = ((1, 2),) if "padded" in shape else None
-    call = make(replace(case, padding=padding, cuts=(2, 9) if "packed" in shape else None))
-    names = list(call.leaves)
-
-    def function(*leaves):
-        # The weights of the summaries are the modules' own: changed in place by gradcheck.
-        return call.with_leaves(dict(zip(names, leaves)))(multipole_attention)
-
-    assert torch.autograd.gradcheck(function, tuple(call.leaves.values()))
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_opcheck(causal):
-    """Schema, fake tensors and autograd of the custom operator, as torch.compile relies on them."""
-    seen = []
-    real = module.block_attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "block_attention", lambda *arguments: seen.append(arguments) or real(*arguments))
-        make(replace(FULL, n=19, causal=causal, padding=PADDED[:1] * 2))(multipole_attention)
-        make(replace(FULL, n=19, causal=causal, softcap=None, dtype=torch.bfloat16, summary="mean"))(multipole_attention)
-    for arguments in seen:
-        leaves = (x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments)
-        torch.library.opcheck(real, tuple(leaves), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-
-
-@pytest.mark.parametrize("causal, shape", [(True, "plain"), (True, "packed and padded"), (False, "padded"), (False, "packed")])
-def test_compiles_without_a_graph_break(causal, shape):
-    # Traced forward and backward; what the code generator makes of it is tried once, below.
-    torch._dynamo.reset()
-    compiled = torch.compile(multipole_attention, fullgraph=True, backend="aot_eager")
-    agrees(compiled, multipole_attention, replace(FULL, causal=causal, **SHAPES[shape]))
+    cases = replace(FULL, n=19, causal=causal, padding=PADDED[:1] * 2), replace(FULL, n=19, causal=causal, **PLAIN)
+    check_operator(module, "block_attention", *(partial(make(case), multipole_attention) for case in cases))
 
 
 def test_compiles_to_code():
@@ -257,24 +114,6 @@ def test_gradient_checkpointing(reentrant, dropout_p):
         assert torch.equal(actual[name], value), name
 
 
-def test_autocast():
-    """float32 in, bfloat16 computed and out, as by torch's own attention; gradients are float32."""
-    case = replace(FULL, dtype=torch.float32, far_keys=False, padding=PADDED)
-    call = make(case)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = call(multipole_attention)
-    assert out.dtype == torch.bfloat16
-    gradients = dict(zip(call.leaves, torch.autograd.grad(out, list(call.leaves.values()), call.upstream.bfloat16())))
-    # Without autocast, on rounded tensors.
-    rounded = make(case)
-    expected = rounded(lambda q, k, v, **options: multipole_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options))
-    assert torch.equal(out, expected)
-    expected = torch.autograd.grad(expected, list(rounded.leaves.values()), call.upstream.bfloat16())
-    for name, value in zip(call.leaves, expected):
-        assert gradients[name].dtype == torch.float32
-        assert torch.equal(gradients[name], value), name
-
-
 def test_autocast_takes_far_keys_of_another_dtype():
     call = make(replace(FULL, dtype=torch.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -320,26 +159,6 @@ def test_attention_weights_of_padded_and_packed_rows(shape):
     if case.cuts is None:
         _, expected = call(lambda *x, **options: multipole_attention_reference(*x, **options, return_weights=True))
         assert_within(weights[..., : case.n], expected[..., : case.n], 1e-12, "weights of tokens", case)
-
-
-# Not-a-number and infinity
-
-
-@pytest.mark.parametrize("shape", ["plain", "padded", "packed"])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name, value", [("k", torch.nan), ("v", torch.nan), ("v", torch.inf), ("q", torch.nan), ("far_keys", torch.nan)])
-def test_what_is_not_finite_reaches_whom_the_reference_says(name, value, causal, shape):
-    """Neither farther, as a masked 0 * NaN would, nor less far, which would hide a fault of the model."""
-    case = replace(FULL, summary="mean", softcap=None, causal=causal, far_keys=name == "far_keys", **SHAPES[shape])
-    reached = 0
-    for token in (6, 20, 28, 44):
-        call = make(case)
-        with torch.no_grad():
-            call.leaves[name][:, 0, token, 1] = value
-        actual, expected = call(multipole_attention).isfinite(), call(multipole_attention_reference).isfinite()
-        assert torch.equal(actual, expected), f"token {token}"
-        reached += (~expected).sum()
-    assert reached > 0
 
 
 # What is refused

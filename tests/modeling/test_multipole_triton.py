@@ -1,4 +1,4 @@
-"""The GPU kernels: on a GPU where there is one, else under Triton's interpreter; and compiled for GPUs that need not be there."""
+"""The GPU kernels beyond their properties: sizes, generation, the operator; and compiled for GPUs that need not be there."""
 
 import json
 import math
@@ -17,19 +17,11 @@ import hf_multipole
 from hf_multipole.modeling import multipole_state
 from hf_multipole.modeling.backends import takes_kernels
 from hf_multipole.reference import multipole_attention_reference
+from tests.helpers.interpreter import DEVICE, GPU
 from tests.helpers.multipole_cases import Case, make
-from tests.helpers.multipole_properties import (
-    as_without_downsampling,
-    documents_do_not_meet,
-    exact_when_keys_are_constant,
-    exact_when_short,
-    future_does_not_matter,
-    matches_reference,
-    padding_does_not_matter,
-    sees_exactly_what_is_visible,
-    weights_sum_to_one,
-)
+from tests.helpers.multipole_properties import matches_reference
 from tests.helpers.numerics import assert_within
+from tests.helpers.operators import check_operator
 from tests.helpers.tiny_models import build, tokens
 
 triton = pytest.importorskip("triton")
@@ -37,10 +29,8 @@ triton = pytest.importorskip("triton")
 from hf_multipole.modeling import multipole_kernels, state_triton, triton_common  # noqa: E402
 from hf_multipole.modeling import multipole_triton as kernels  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-gpu = (pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device"))
 # The interpreter computes what is not finite as the kernels do, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("quick_interpreter")]
 
 multipole_attention = partial(hf_multipole.multipole_attention, backend="triton")
 
@@ -48,85 +38,6 @@ multipole_attention = partial(hf_multipole.multipole_attention, backend="triton"
 FULL = Case(n=17, batch=1, kv_heads=1, repeats=2, block_size=2, rank=1, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical")
 FULL = replace(FULL, dtype=torch.float32)
 PACKED = {"cuts": (5,), "padding": ((2, 1),)}
-
-CASES = {
-    "causal": FULL,
-    "bidirectional": replace(FULL, repeats=1, causal=False),
-    "padded, bidirectional": replace(FULL, n=12, causal=False, padding=((2, 1),)),
-    "packed": replace(FULL, repeats=1, **PACKED),
-    "packed, bidirectional": replace(FULL, repeats=1, causal=False, **PACKED),
-    "two rows, two key heads, heads between tokens": replace(FULL, n=7, batch=2, kv_heads=2, layout="fused"),
-    "rows of different padding": replace(FULL, n=11, repeats=1, batch=2, causal=False, padding=((3, 1), (0, 4)), layout="strided"),
-    "the last queries": replace(FULL, queries=3),
-    "one query": replace(FULL, queries=1, bias_levels=0),
-    "no far field": replace(FULL, n=3),
-    "one token": replace(FULL, n=1),
-    "no size weighting, no cap": replace(FULL, n=9, size_weighting=False, softcap=None, bias_levels=0, far_keys=False, summary="mean"),
-    "direct, ragged": replace(FULL, n=21, block_size=4, rank=2, causal=False, summary="direct", size_weighting=False),
-    "whole tiles": replace(FULL, n=70, block_size=16, rank=4, dim=16, value_dim=32, repeats=1),
-    "fewer levels than the row has": replace(FULL, repeats=1, max_levels=1),
-    "O(n) form": replace(FULL, repeats=1, downsample=True),
-    "O(n) form, packed, bidirectional": replace(FULL, repeats=1, causal=False, downsample=True, **PACKED),
-    "several tiles a block, causal": replace(FULL, n=160, block_size=100, rank=4, repeats=1),
-    "several tiles a block": replace(FULL, n=150, block_size=70, rank=35, repeats=1, causal=False, softcap=None),
-}  # fmt: skip
-LOW = {
-    "bfloat16, bidirectional": replace(FULL, dtype=torch.bfloat16, repeats=1, causal=False, **PACKED),
-    "bfloat16, whole tiles": replace(CASES["whole tiles"], dtype=torch.bfloat16, softcap=None),
-    "float16": replace(FULL, repeats=1, dtype=torch.float16),
-    "float16, bidirectional, packed": replace(FULL, dtype=torch.float16, causal=False, **PACKED),
-    "bfloat16, O(n) form": replace(FULL, dtype=torch.bfloat16, repeats=1, downsample=True),
-    "float16, O(n) form": replace(FULL, dtype=torch.float16, repeats=1, downsample=True, causal=False, padding=((2, 1),)),
-}
-
-
-# Properties
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_and_gradients_equal_the_reference(case):
-    matches_reference(multipole_attention, case, DEVICE)
-
-
-@pytest.mark.parametrize("case", LOW.values(), ids=LOW)
-def test_low_precision_is_within_twice_the_error_of_a_reference_that_rounds_its_products(case):
-    matches_reference(multipole_attention, case, DEVICE, rounded_products=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_sum_to_one(dtype):
-    weights_sum_to_one(multipole_attention, replace(FULL, dtype=dtype, padding=((3, 2),)), DEVICE)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_sees_exactly_what_is_visible(causal):
-    sees_exactly_what_is_visible(multipole_attention, replace(FULL, n=7, repeats=1, causal=causal), DEVICE)
-
-
-def test_the_future_does_not_matter():
-    future_does_not_matter(multipole_attention, replace(FULL, n=7, repeats=1), DEVICE)
-
-
-def test_exact_when_the_near_field_covers_the_row():
-    exact_when_short(multipole_attention, FULL, DEVICE)
-
-
-def test_exact_when_keys_are_constant():
-    exact_when_keys_are_constant(multipole_attention, replace(FULL, causal=False), DEVICE)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_as_without_downsampling_where_queries_are_constant(causal):
-    as_without_downsampling(multipole_attention, replace(FULL, repeats=1, causal=causal), DEVICE)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_padding_does_not_matter(causal):
-    padding_does_not_matter(multipole_attention, replace(FULL, n=7, repeats=1, causal=causal), DEVICE)
-
-
-def test_documents_do_not_meet():
-    documents_do_not_meet(multipole_attention, replace(FULL, n=12, repeats=1, causal=False, cuts=(3,)), DEVICE)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -161,7 +72,7 @@ ON_GPU = {
     "float32, head_dim 256": replace(BIG, n=2048, dim=256, value_dim=256, causal=False, dtype=torch.float32),
     "65536 tokens": replace(BIG, n=65536, kv_heads=2, dtype=torch.bfloat16),
 }
-ON_GPU = [pytest.param(case, id=name, marks=gpu) for name, case in ON_GPU.items()]
+ON_GPU = [pytest.param(case, id=name, marks=GPU) for name, case in ON_GPU.items()]
 
 
 @pytest.mark.parametrize("case", [*(pytest.param(case, id=name) for name, case in SIZES.items()), *ON_GPU])
@@ -284,16 +195,9 @@ def test_parts_of_summaries_meet(monkeypatch):
 
 
 def test_opcheck():
-    seen = []
-    real = kernels.attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "attention", lambda *arguments: seen.append(arguments) or real(*arguments))
-        for case in (replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)):
-            make(case, device=DEVICE)(multipole_attention)
-    for arguments in seen:
-        leaves = (x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments)
-        utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-        torch.library.opcheck(real, tuple(leaves), test_utils=utils)
+    cases = replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)
+    calls = (partial(make(case, device=DEVICE), multipole_attention) for case in cases)
+    check_operator(kernels, "attention", *calls, more=("test_aot_dispatch_static",))
 
 
 def test_compiles_without_a_graph_break():
