@@ -99,7 +99,7 @@ def _segments(embeddings, attention_mask, position_ids, past_key_values, bounds)
 
 
 def _padding(attention_mask: torch.Tensor | None, batch: int, queries: int, length: int | None) -> torch.Tensor | None:
-    """The mask ``(batch, n)`` bool of padding; length: n, or None where a compiled step does not know it. What was checked when a cache
+    """The mask ``(batch, n)`` of padding, bool; length: n, or None where a compiled step does not know it. What was checked when a cache
     took it in is not checked again.
     """
     if attention_mask is None:
@@ -115,7 +115,8 @@ def _padding(attention_mask: torch.Tensor | None, batch: int, queries: int, leng
             f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}, but must be "
             f"(batch, n) = {(batch, length)}, bool or 0 and 1: masks over pairs of tokens and additive masks are not supported"
         )
-    return real_tokens(attention_mask, queries)
+    # A compiled step hands it on as it is: what is computed from it would be compiled again for other strides.
+    return attention_mask if length is None else real_tokens(attention_mask, queries)
 
 
 def _check_positions(position_ids: torch.Tensor | None, batch: int, queries: int) -> None:

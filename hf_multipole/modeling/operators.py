@@ -26,13 +26,15 @@ def define(
     run_backward: Callable | None = None,
     differentiable: Sequence[str] = (),
     outputs: int = 1,
+    constants: Sequence[int] = (),
 ) -> Callable:
     """Defines an operator and, if there is one, its backward pass; it is called with the fields of a named tuple: ``operator(*given)``.
 
     name: ``namespace::name``, the namespace of this copy of the file: to define an operator again, when the code of a checkpoint is
     loaded too, breaks the first one. run: ``(arguments) -> tensor``, or a tuple of as many as ``outputs``. fake: the same, empty.
     run_backward: ``(arguments, gradients, tensors) -> gradients`` of the fields ``differentiable``, in their order; what it is given are
-    the gradients of the outputs and, if there are several of these, the outputs and perhaps None for a gradient.
+    the gradients of the outputs and, if there are several of these, the outputs and perhaps None for a gradient. constants: numbers of
+    the outputs that have no gradient.
     """
     fields = ", ".join(f"{_TYPES[kind]} {field}" for field, kind in get_type_hints(arguments).items())
     several = outputs > 1
@@ -69,6 +71,7 @@ def define(
         ctx.save_for_backward(*(output if several else ()), *(x for x in inputs if isinstance(x, torch.Tensor)))
         ctx.plain = [None if isinstance(x, torch.Tensor) else (x,) for x in inputs]
         ctx.set_materialize_grads(not several)
+        ctx.mark_non_differentiable(*(output[i] for i in constants))
 
     def gradients(ctx, *upper):
         saved = iter(ctx.saved_tensors)  # asked for once: checkpointing hands them out once

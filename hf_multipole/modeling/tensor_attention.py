@@ -157,7 +157,7 @@ def _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels)
     if kernels:
         from .tensor_triton import tensor_kernels
 
-        return tensor_kernels(q, *keys, *values, document, causal, windows, scale)[0].to(q.dtype)
+        return tensor_kernels(*(x.contiguous() for x in (q, *keys, *values)), document, causal, windows, scale)[0].to(q.dtype)
     stacked = (torch.stack([x.to(dtype) for x in tensors]) for tensors in (keys, values))
     seed = torch.randint(2**62, ()) if dropout_p else None
     return tensor_tiles(q.to(dtype), *stacked, document, causal, windows, scale, dropout_p, seed)[0].to(q.dtype)

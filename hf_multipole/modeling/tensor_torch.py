@@ -10,6 +10,7 @@ all keys and values then follow from those of the products. Logits stay in the c
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from .multipole_torch import dropout_factors
+from .operators import define
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
@@ -368,38 +370,34 @@ def _pieces(q, keys, document):
                 yield some, slice(head, head + together), slice(begin - first, stop - first), slice(start, stop)
 
 
-def _rule(q, causal, windows, scale, dropout_p, seed) -> _Rule:
-    generator = torch.Generator(q.device).manual_seed(int(seed)) if dropout_p else None
-    return _Rule(causal, tuple(windows), scale, dropout_p, generator)
+class TensorTiles(NamedTuple):
+    """Arguments of the operator :func:`tensor_tiles`, float32 or float64."""
+
+    q: torch.Tensor  # (batch, heads, queries, dim), the last tokens
+    keys: torch.Tensor  # (order - 1, batch, kv_heads, n, dim)
+    values: torch.Tensor  # (order - 1, batch, kv_heads, n, value_dim)
+    document: torch.Tensor | None  # (batch, n): tokens of different numbers do not see each other, nor do negative ones see anything
+    causal: bool
+    windows: Sequence[int]  # of each index, n where it has none, the widest last
+    scale: float
+    dropout_p: float
+    seed: torch.Tensor | None
+
+
+def _rule(given: TensorTiles) -> _Rule:
+    generator = torch.Generator(given.q.device).manual_seed(int(given.seed)) if given.dropout_p else None
+    return _Rule(given.causal, tuple(given.windows), given.scale, given.dropout_p, generator)
 
 
 def _finite(*tensors: torch.Tensor) -> bool:
     return all(bool(x.sum().isfinite()) for x in tensors)
 
 
-@torch.library.custom_op(_NAMESPACE + "::tensor_tiles", mutates_args=())
-def tensor_tiles(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    windows: list[int],
-    scale: float,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tensor attention, and the logarithms to base 2 of its sums, in the dtype of the arguments, float32 or float64.
-
-    q: ``(batch, heads, queries, dim)``, the last tokens; keys: ``(order - 1, batch, kv_heads, n, dim)``, values with ``value_dim``;
-    windows: of each index, n where it has none, the widest last; document: ``(batch, n)``, tokens of different numbers do not see
-    each other, nor do negative ones see anything. Returns zeros at those.
-    """
-    rule = _rule(q, causal, windows, scale, dropout_p, seed)
-    kv_heads = keys.shape[2]
-    out, lse = q.new_zeros(*q.shape[:3], values.shape[-1]), q.new_zeros(q.shape[:3])
+def _run(given: TensorTiles) -> tuple[torch.Tensor, torch.Tensor]:
+    q, keys, values, rule, kv_heads = given.q, given.keys, given.values, _rule(given), given.keys.shape[2]
+    out, lse = _empty(given, torch.zeros)
     with torch.autocast(q.device.type, enabled=False):
-        for rows, heads, asking, tokens in _pieces(q, keys, document):
+        for rows, heads, asking, tokens in _pieces(q, keys, given.document):
             part = q.unflatten(1, (kv_heads, -1))[rows, heads, :, asking]
             tensors = part.flatten(0, 1), *(x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
             results = _forward(*tensors, rule, _finite(*tensors))
@@ -408,31 +406,23 @@ def tensor_tiles(
     return out, lse
 
 
-@torch.library.custom_op(_NAMESPACE + "::tensor_tiles_backward", mutates_args=())
-def tensor_tiles_backward(
-    grad: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    windows: list[int],
-    scale: float,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rule = _rule(q, causal, windows, scale, dropout_p, seed)
-    kv_heads = keys.shape[2]
-    grads = grad_q, *_ = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, keys, values)]
+def _empty(given: TensorTiles, make=torch.empty) -> tuple[torch.Tensor, torch.Tensor]:
+    like = {"dtype": given.q.dtype, "device": given.q.device}
+    return make(*given.q.shape[:3], given.values.shape[-1], **like), make(given.q.shape[:3], **like)
+
+
+def _backward(given: TensorTiles, gradients, outputs) -> tuple[torch.Tensor, ...]:
+    (grad, _), (out, lse), rule = gradients, outputs, _rule(given)
+    q, keys, values, kv_heads = given.q, given.keys, given.values, given.keys.shape[2]
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = grad_q, *_ = [torch.zeros_like(x) for x in (q, keys, values)]
     with torch.autocast(q.device.type, enabled=False):
         inner = (grad * out).sum(-1)
-        for rows, heads, asking, tokens in _pieces(q, keys, document):
+        for rows, heads, asking, tokens in _pieces(q, keys, given.document):
             of_queries = (x.unflatten(1, (kv_heads, -1))[rows, heads, :, asking].flatten(0, 1) for x in (grad, inner, lse, q))
             tensors = *of_queries, *(x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
             finite = _finite(*tensors[3:])
-            if finite and not dropout_p and min(windows) >= tokens.stop - tokens.start:
+            if finite and not rule.dropout_p and min(rule.windows) >= tokens.stop - tokens.start:
                 result = _backward_by_tuples(*tensors, rule)
             else:
                 result = _backward_by_rows(*tensors, rule, finite)
@@ -442,26 +432,7 @@ def tensor_tiles_backward(
     return tuple(grads)
 
 
-@tensor_tiles.register_fake
-def _(q, keys, values, *_):
-    return q.new_empty(*q.shape[:3], values.shape[-1]), q.new_empty(q.shape[:3])
-
-
-@tensor_tiles_backward.register_fake
-def _(grad, out, lse, q, keys, values, *_):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, keys, values))
-
-
-def _save(ctx, inputs, output):
-    q, keys, values, document, causal, windows, scale, dropout_p, seed = inputs
-    ctx.save_for_backward(*output, q, keys, values, document, seed)
-    ctx.plain = causal, windows, scale, dropout_p
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad, _):
-    *tensors, seed = ctx.saved_tensors
-    return *tensor_tiles_backward(grad.contiguous(), *tensors, *ctx.plain, seed), *[None] * 6
-
-
-tensor_tiles.register_autograd(_backward, setup_context=_save)
+_DIFFERENTIABLE = ("q", "keys", "values")
+# ``(TensorTiles) -> (batch, heads, queries, value_dim)``, tensor attention, and the logarithms to base 2 of its sums ``(batch, heads,
+# queries)``, which have no gradient. Zeros at padding.
+tensor_tiles = define(_NAMESPACE + "::tensor_tiles", TensorTiles, _run, _empty, _backward, _DIFFERENTIABLE, outputs=2, constants=[1])

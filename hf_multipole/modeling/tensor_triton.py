@@ -11,11 +11,13 @@ Products are rounded to bfloat16, or for float16, whose range they may leave, to
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from .operators import define
 from .triton_common import INTERPRETED, round_to, tl, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
@@ -347,17 +349,35 @@ class _Call(NamedTuple):
     poisoned: torch.Tensor
 
 
-def _prepare(q, k1, k2, v1, v2, document, causal: bool, windows: list[int]) -> _Call:
+class KernelTuples(NamedTuple):
+    """Arguments of the operator :func:`tensor_kernels`, in bfloat16, float16 or float32, contiguous."""
+
+    q: torch.Tensor  # (batch, heads, queries, dim), the last tokens
+    k1: torch.Tensor  # (batch, kv_heads, n, dim)
+    k2: torch.Tensor
+    v1: torch.Tensor  # (batch, kv_heads, n, value_dim)
+    v2: torch.Tensor
+    document: torch.Tensor | None  # (batch, n): tokens of different numbers do not see each other, nor do negative ones see anything
+    causal: bool
+    windows: Sequence[int]  # of each index, n where it has none, the widest last
+    scale: float
+
+
+_DIFFERENTIABLE = ("q", "k1", "k2", "v1", "v2")
+
+
+def _prepare(given: KernelTuples) -> _Call:
     """A hidden weight of 0 times not-a-number is not-a-number: the kernels get 0 in its place, and the queries that see it are marked."""
-    tensors, (batch, kv_heads, n, _), before = (q, k1, k2, v1, v2), k1.shape, k1.shape[2] - q.shape[2]
-    first, last = _bounds(document, batch, n, q.device)
+    tensors = q, k1, *_ = [getattr(given, name) for name in _DIFFERENTIABLE]
+    (batch, kv_heads, n, _), before = k1.shape, k1.shape[2] - q.shape[2]
+    first, last = _bounds(given.document, batch, n, q.device)
     finite = [x.isfinite() for x in tensors]
     bad = [~kept.all(-1) for kept in finite]
     poisoned, token = bad[0].unflatten(1, (kv_heads, -1)), torch.arange(before, n, device=q.device)
-    for of_keys, of_values, window in zip(bad[1:3], bad[3:], windows):
+    for of_keys, of_values, window in zip(bad[1:3], bad[3:], given.windows):
         count = F.pad((of_keys | of_values).cumsum(-1), (1, 0))
         lo = torch.maximum(first[:, before:], token - window + 1)
-        hi = torch.minimum(last[:, before:], token + (1 if causal else window))
+        hi = torch.minimum(last[:, before:], token + (1 if given.causal else window))
         lo, hi = (x.clamp(0, n).long()[:, None].expand(-1, kv_heads, -1) for x in (lo, hi))
         poisoned = poisoned | (count.gather(2, hi) > count.gather(2, lo))[:, :, None]
     poisoned = poisoned.flatten(1, 2) & (first < last)[:, None, before:]
@@ -370,19 +390,17 @@ def _splits(tiles: _Tiles, rows: int, window: int) -> int:
     return 2 ** min(wanted, int(math.log2(window)))
 
 
-def _launch(
-    kernel, tiles: _Tiles, owned: int, call: _Call, read, written, causal: bool, windows: list[int], scale: float, **constants
-) -> None:
+def _launch(kernel, tiles: _Tiles, owned: int, call: _Call, read, written, given: KernelTuples, **constants) -> None:
     """Runs a kernel on all tiles of the ``owned`` rows of each key head."""
     q, k1, _, v1, _ = call.tensors
     (batch, heads, queries, dim), (kv_heads, n, value_dim) = q.shape, v1.shape[1:]
     D, V = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     with torch.cuda.device_of(q):
         kernel[(triton.cdiv(owned, tiles.rows) * batch * kv_heads,)](
-            *(*call.tensors, *read, *call.bounds, *written, n, queries, kv_heads, *windows, scale / LN2.value),
+            *(*call.tensors, *read, *call.bounds, *written, n, queries, kv_heads, *given.windows, given.scale / LN2.value),
             **constants,
             REPEATS=heads // kv_heads,
-            CAUSAL=causal,
+            CAUSAL=given.causal,
             DIM=dim,
             VALUE_DIM=value_dim,
             D=D,
@@ -394,29 +412,13 @@ def _launch(
         )
 
 
-@torch.library.custom_op(_NAMESPACE + "::tensor_kernels", mutates_args=())
-def tensor_kernels(
-    q: torch.Tensor,
-    k1: torch.Tensor,
-    k2: torch.Tensor,
-    v1: torch.Tensor,
-    v2: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    windows: list[int],
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order 3, with arguments as of ``tensor_tiles``, in bfloat16, float16 or float32.
-
-    Returns the output, and the logarithms to base 2 of the sums ``(batch, heads, queries)``, in float32: the backward pass takes a
-    difference of which the output is a part. At padding, zeros and -inf.
-    """
-    call = _prepare(q, k1, k2, v1, v2, document, causal, windows)
-    tiles, shape = _tiles(q, v1)[0], q.shape[:3]
-    splits = _splits(tiles, shape.numel(), windows[0])
-    out, lse = (q.new_empty(*shape[:2], splits, shape[2], *rest, dtype=torch.float32) for rest in ((v1.shape[-1],), ()))
+def _run(given: KernelTuples) -> tuple[torch.Tensor, torch.Tensor]:
+    call, q, k1 = _prepare(given), given.q, given.k1
+    tiles, shape = _tiles(q, given.v1)[0], q.shape[:3]
+    splits = _splits(tiles, shape.numel(), given.windows[0])
+    out, lse = (q.new_empty(*shape[:2], splits, shape[2], *rest, dtype=torch.float32) for rest in ((given.v1.shape[-1],), ()))
     owned = shape[1] // k1.shape[1] * splits * shape[2]
-    _launch(_forward_kernel, tiles, owned, call, [], [out, lse], causal, windows, scale, SPLITS=splits)
+    _launch(_forward_kernel, tiles, owned, call, [], [out, lse], given, SPLITS=splits)
     if splits > 1:
         total = torch.logsumexp(lse * LN2.value, 2) / LN2.value
         share = torch.where(lse > -torch.inf, (lse - total[:, :, None]).exp2(), 0)
@@ -426,22 +428,13 @@ def tensor_kernels(
     return out.masked_fill_(call.poisoned[..., None], torch.nan), lse.masked_fill_(call.poisoned, torch.nan)
 
 
-@torch.library.custom_op(_NAMESPACE + "::tensor_kernels_backward", mutates_args=())
-def tensor_kernels_backward(
-    grad: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    k1: torch.Tensor,
-    k2: torch.Tensor,
-    v1: torch.Tensor,
-    v2: torch.Tensor,
-    document: torch.Tensor | None,
-    causal: bool,
-    windows: list[int],
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = _prepare(q, k1, k2, v1, v2, document, causal, windows)
+def _empty(given: KernelTuples) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(given.q.new_empty(*given.q.shape[:3], *rest, dtype=torch.float32) for rest in ((given.v1.shape[-1],), ()))
+
+
+def _backward(given: KernelTuples, gradients, outputs) -> tuple[torch.Tensor, ...]:
+    (grad, _), (out, lse), call, q, k1 = gradients, outputs, _prepare(given), given.q, given.k1
+    grad = torch.zeros_like(out) if grad is None else grad
     read = [grad.to(q.dtype).contiguous(), lse, (grad * out).sum(-1)]
     of_q, of_k1, of_k2, of_v1, of_v2 = grads = tuple(torch.empty_like(x) for x in call.tensors)
     for kernel, owned, written in (
@@ -449,29 +442,11 @@ def tensor_kernels_backward(
         (_first_kernel, k1.shape[2], [of_k1, of_v1]),
         (_second_kernel, k1.shape[2], [of_k2, of_v2]),
     ):
-        _launch(kernel, _tiles(q, v1)[1], owned, call, read, written, causal, windows, scale)
+        _launch(kernel, _tiles(q, given.v1)[1], owned, call, read, written, given)
     return grads
 
 
-@tensor_kernels.register_fake
-def _(q, k1, k2, v1, *_):
-    return tuple(q.new_empty(*q.shape[:3], *rest, dtype=torch.float32) for rest in ((v1.shape[-1],), ()))
-
-
-@tensor_kernels_backward.register_fake
-def _(grad, out, lse, *tensors):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[:5])
-
-
-def _save(ctx, inputs, output):
-    *tensors, document, causal, windows, scale = inputs
-    ctx.save_for_backward(*output, *tensors, document)
-    ctx.plain = causal, windows, scale
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad, _):
-    return *tensor_kernels_backward(grad, *ctx.saved_tensors, *ctx.plain), *[None] * 4
-
-
-tensor_kernels.register_autograd(_backward, setup_context=_save)
+# ``(KernelTuples) -> float32 (batch, heads, queries, value_dim)``, tensor attention of order 3, and the logarithms to base 2 of its sums
+# ``(batch, heads, queries)``, which have no gradient; the output is float32 since the backward pass takes a difference of which it is a
+# part. At padding, zeros and -inf.
+tensor_kernels = define(_NAMESPACE + "::tensor_kernels", KernelTuples, _run, _empty, _backward, _DIFFERENTIABLE, outputs=2, constants=[1])
