@@ -66,8 +66,7 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
     multipole = masks.get("multipole", masks.get("multipole_linear"))
     if past_key_values is not None and compiled is None:
         mask = None if output_attentions else multipole
-        attentions = [layer.self_attn for layer in model.layers]
-        check_cache(past_key_values, model, attentions, mask, masks.get("tensor"), attention_mask)
+        check_cache(past_key_values, model, embeddings, mask, masks.get("tensor"), attention_mask)
     centres = None
     if multipole is not None and config.rotate_summaries:
         layer = next(i for i, implementation in enumerate(implementations) if masks[implementation] is multipole)

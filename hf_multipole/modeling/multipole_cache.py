@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
@@ -172,15 +172,15 @@ class MultipoleStaticLayer(StaticLayer):
 
 
 @torch.compiler.disable
-def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask, tensor_mask, attention_mask) -> None:
+def check_cache(cache, model: PreTrainedModel, embeddings: torch.Tensor, mask, tensor_mask, attention_mask) -> None:
     """Raises ValueError where the cache is not that of this model, or the tokens do not continue it: before any layer has taken
     something in, so that the cache stays as it was.
 
-    mask: the MultipoleMask, or None where exact attention or attention weights are asked for; tensor_mask: that of tensor layers, or
+    embeddings: what the first layer is given. mask: the MultipoleMask, or None where exact attention or attention weights are asked for; tensor_mask: that of tensor layers, or
     None where there are none; attention_mask: as the model was given it.
     """
     config = model.config
-    attentions = attentions[: config.num_hidden_layers]
+    attentions = [layer.self_attn for layer in model.layers][: config.num_hidden_layers]
     if cache.layers and cache.layer_class_to_replicate is None and len(cache.layers) < len(attentions):
         raise ValueError(
             f"the cache was made for a model of {len(cache.layers)} layers, but this one has {len(attentions)}; use a new cache"
@@ -211,9 +211,10 @@ def check_cache(cache, model: PreTrainedModel, attentions: list[nn.Module], mask
             layer.check_exact()
         direct, linear = isinstance(attention.far_field.key_summary, DirectSummary), attention.layer_type == "multipole_linear_attention"
         layer.check_model(config.block_size, config.rank, direct, linear, attention.far_field.max_levels)
-        dim, dtype = config.head_dim, attention.k_proj.weight.dtype
-        if torch.is_autocast_enabled(model.device.type):
-            dtype = torch.get_autocast_dtype(model.device.type)
+        # Weights may be packed, or be elsewhere: keys are of the dtype of what they are made of.
+        dim, dtype, device = config.head_dim, embeddings.dtype, embeddings.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         state.check_tokens(config.num_key_value_heads, dim * (2 if config.rotate_summaries else 1), dim, dtype)
         mask.check_past(state)
         state.check_levels(mask.new_tokens, attention.far_field.key_summary)
@@ -363,15 +364,15 @@ class MultipoleCache(DynamicCache):
         if not path.is_file():
             raise FileNotFoundError(f"there is no state file {path}")
         try:
-            with safe_open(path, "pt", device=str(model.device)) as file:
+            with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged, or not a state file: {error}") from None
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a state file of this version: its format is {metadata.get('format')!r}, not {_FORMAT!r}")
         if metadata.get("model") != fingerprint(model):
             raise ValueError(f"{path} is the state of another model: weights, dtype or configuration differ; read the text again")
+        tensors = load_file(path, device=str(model.device))
         cache = cls(config=model.config)
         cache.bind(model)
         for i, (layer, description) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
