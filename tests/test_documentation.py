@@ -1,0 +1,255 @@
+"""The documentation: links lead somewhere, snippets run, command lines can be read, and those of the first pages run one after the other."""
+
+import argparse
+import ast
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
+from transformers import TrainingArguments
+
+from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "*/README.md", "model_cards/**/*.md")
+    for path in ROOT.glob(pattern)
+    if path.relative_to(ROOT).parts[0] != "runs"
+)
+# What a newcomer reads, in this order. Its blocks that are marked "long" or "gpu" take too much time, or a machine that is not here.
+FIRST = ["README.md", "hf_multipole/README.md", "scripts/README.md"]
+BLOCK = re.compile(r"^ *```(\w*) ?([^\n]*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str, *kinds: str) -> list[tuple[str, str, str]]:
+    """Language, mark and text of each block of code of a page."""
+    return [block for block in BLOCK.findall((ROOT / page).read_text()) if block[0] in kinds]
+
+
+def test_pages_are_found():
+    assert {*FIRST, "model_cards/README.md", "model_cards/reports/recall.md"} <= set(PAGES)
+
+
+# Links
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading).lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = BLOCK.sub("", (ROOT / page).read_text())
+    defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.MULTILINE))
+    used = re.findall(r"\]\[([^\]]+)\]", text)
+    assert sorted(set(used)) == sorted(defined)
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *defined.values()]:
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_every_report_has_its_line_in_the_index():
+    index = (ROOT / "model_cards" / "README.md").read_text()
+    for page in PAGES:
+        if page.startswith("model_cards/reports/"):
+            assert f"(reports/{Path(page).name})" in index, page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("model_cards/reports/")])
+def test_a_report_begins_with_three_findings_and_a_picture(page):
+    title, gap, *findings, gap_2, picture = (ROOT / page).read_text().splitlines()[:7]
+    assert title.startswith("# ") and not gap and not gap_2
+    assert len(findings) == 3 and all(line.startswith("- ") for line in findings)
+    assert re.fullmatch(r"!\[[^\]]+\]\([^)]+\)", picture)
+
+
+# Snippets
+
+
+SNIPPETS = [(page, i, text) for page in PAGES for i, (_, _, text) in enumerate(blocks(page, "python")) if Path(page).name == "README.md"]
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=f"{page}-{i}") for page, i, text in SNIPPETS])
+def test_snippets_run_as_they_stand(text, tmp_path, monkeypatch):
+    """Each by itself, with its own imports."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    exec(compile(text, "snippet", "exec"), {"__name__": "__main__"})
+
+
+# Command lines
+
+
+class Read(Exception):
+    """A program has read its command line."""
+
+
+# Programs that only write down how they are called.
+STAND_IN = """#!/bin/sh
+printf '%s\\0' "${0##*/}" "$@" >>"$CALLS"
+printf '\\036\\0' >>"$CALLS"
+"""
+PROGRAMS = ("python", "pip", "accelerate", "torchrun", "bash", "hf-multipole")
+
+
+def calls(script: str, folder: Path) -> list[list[str]]:
+    """The programs that a shell would call for a script, and their arguments, in a copy of the repository that has no runs."""
+    for name in PROGRAMS:
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(STAND_IN)
+        (folder / "bin" / name).chmod(0o755)
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    for entry in ROOT.iterdir():
+        if entry.name != "runs" and not (work / entry.name).exists():
+            (work / entry.name).symlink_to(entry)
+    (work / "runs").mkdir(exist_ok=True)
+    log = folder / "calls"
+    log.write_bytes(b"")
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(log)}
+    bash = shutil.which("bash")
+    assert subprocess.run([bash, "-n", "-c", script]).returncode == 0, script
+    subprocess.run([bash, "-c", script], cwd=work, env=environment, capture_output=True)
+    records = log.read_text().split("\x1e\0")[:-1]
+    return [record.split("\0")[:-1] for record in records]
+
+
+def in_docstrings() -> list[tuple[str, str]]:
+    """Files and the command lines that their docstrings show."""
+    found = []
+    for path in [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("hf_multipole/**/*.py"), *ROOT.glob("tests/**/*.py")]:
+        words = (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").replace(" ...", "")
+        lines = re.findall(r"^(?:    |)((?:python|accelerate|torchrun|hf-multipole) (?:.*\\\n)*.*)$", words, re.MULTILINE)
+        if lines:
+            found.append((path.relative_to(ROOT).as_posix(), "\n".join(lines)))
+    return found
+
+
+def check_call(program: str, arguments: list[str], monkeypatch) -> None:
+    """Fails where a program could not read its arguments, or a file that it is to run is not there."""
+    if program == "python" and arguments[:1] == ["-"]:
+        return
+    if arguments[:2] in (["-m", "pytest"], ["-m", "pip"]):
+        return check_call(arguments[1], arguments[2:], monkeypatch)
+    if program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert arguments[0] == "install"
+        for names in re.findall(r"\[(.*)\]", " ".join(arguments)):
+            assert set(names.split(",")) <= set(extras)
+    elif program == "pytest":
+        assert all((ROOT / name).exists() for name in arguments if name.startswith("tests"))
+    elif program == "bash":
+        assert (ROOT / arguments[0]).is_file()
+    elif program in ("accelerate", "torchrun"):
+        launcher = launch_command_parser() if program == "accelerate" else torchrun_parser()
+        given = launcher.parse_args(arguments[1:] if program == "accelerate" else arguments)
+        assert getattr(given, "config_file", None) is None or (ROOT / given.config_file).is_file()
+        module = ["-m"] if given.module else []
+        check_call("python", [*module, given.training_script, *given.training_script_args], monkeypatch)
+    else:
+        assert program == "python"
+        name = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
+        check_arguments(ROOT / name, arguments[2:] if arguments[0] == "-m" else arguments[1:], monkeypatch)
+
+
+def check_arguments(file: Path, arguments: list[str], monkeypatch) -> None:
+    assert file.is_file()
+    if file.name == "peers.py":
+        # It runs another script, whose attention it adds to.
+        return check_arguments(ROOT / "scripts" / f"{arguments[0]}.py", arguments[1:], monkeypatch)
+    if file.name in ("run_clm.py", "run_mlm.py"):
+        if "--config" in arguments and arguments[arguments.index("--config") + 1].startswith("runs/"):
+            place = arguments.index("--config")
+            arguments = arguments[:place] + arguments[place + 2 :]
+        kinds = (ModelArguments, DataArguments, RunArguments, TrainingArguments, *((MaskingArguments,) if file.name == "run_mlm.py" else ()))
+        parse(arguments, kinds)
+        return
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def read(self, args=None, namespace=None):
+        parse_args(self, args, namespace)
+        raise Read
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", read)
+        patch.setattr(sys, "argv", [str(file), *arguments])
+        with pytest.raises(Read):
+            if file.parent == ROOT / "scripts":
+                runpy.run_path(str(file), run_name="__main__")
+            else:
+                runpy.run_module(".".join(file.relative_to(ROOT).with_suffix("").parts), run_name="__main__")
+
+
+COMMANDS = [(page, "\n".join(text for _, _, text in blocks(page, "bash"))) for page in PAGES]
+COMMANDS = [(page, script) for page, script in COMMANDS if script] + in_docstrings()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of runpy, on modules that other tests have imported
+@pytest.mark.parametrize(("page", "script"), [pytest.param(page, script, id=page) for page, script in COMMANDS])
+def test_command_lines_can_be_read(page, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = calls(script, tmp_path)
+    assert found
+    for program, *arguments in found:
+        check_call(program, arguments, monkeypatch)
+        if "reports" not in page:
+            # Files that a reader does not have; what is read from runs/ an earlier command has written there.
+            names = [name for name in arguments if re.search(r"\.(txt|md|json|yaml|csv|png|state)$", name)]
+            assert all(name.startswith(("runs/", "model_cards/")) or (ROOT / name).exists() for name in names), names
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python scripts/run_clm.py --train_file README.md --contxt_length 5",
+        "python scripts/generate.py --model runs/first --prompt a --seeds 1",
+        "python -m scripts.studies.nothing --list",
+        "accelerate launch --nothing scripts/run_clm.py --train_file README.md",
+        "accelerate launch --config_file configs/accelerate/nothing.yaml scripts/run_clm.py --train_file README.md",
+        'pip install -e ".[nothing]"',
+        "python -m pytest tests/test_nothing.py",
+    ],
+)
+def test_faulty_command_lines_are_found(line, tmp_path, monkeypatch):
+    ((program, *arguments),) = calls(line, tmp_path)
+    with pytest.raises((SystemExit, AssertionError, ValueError, OSError)):
+        check_call(program, arguments, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_first_pages_run_one_after_the_other(tmp_path):
+    """In a fresh clone, every command and snippet as it stands, each in a process of its own."""
+    clone = tmp_path / "clone"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    environment = os.environ | {"PYTHONPATH": str(clone), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = []
+    for page in FIRST:
+        for language, mark, text in blocks(page, "python", "bash"):
+            if not mark:
+                command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+                done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, f"{page}\n{text}\n{done.stderr[-3000:]}"
+                ran.append(page)
+    assert set(ran) == set(FIRST)
+    changed = {path.relative_to(clone).parts[0] for path in clone.rglob("*") if path.is_file()} - {Path(name).parts[0] for name in listed.splitlines()}
+    assert changed == {"runs"}
