@@ -1,22 +1,24 @@
-"""The documentation: links lead somewhere, snippets run, command lines can be read, and those of the first pages run one after the other."""
+"""The documentation: links lead somewhere, snippets run, command lines can be read, those of the first pages run one after the other."""
 
 import argparse
 import ast
+import io
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import tomllib
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
+import tomllib
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser as torchrun_parser
-from transformers import TrainingArguments
 
-from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, parse
+from hf_multipole.commands import parsers, startup
+from hf_multipole.training.parsing import KINDS, MASKED_KINDS, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -129,15 +131,25 @@ def calls(script: str, folder: Path) -> list[list[str]]:
     return [record.split("\0")[:-1] for record in records]
 
 
-def in_docstrings() -> list[tuple[str, str]]:
-    """Files and the command lines that their docstrings show."""
-    found = []
-    for path in [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("hf_multipole/**/*.py"), *ROOT.glob("tests/**/*.py")]:
-        words = (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").replace(" ...", "")
-        lines = re.findall(r"^(?:    |)((?:python|accelerate|torchrun|hf-multipole) (?:.*\\\n)*.*)$", words, re.MULTILINE)
-        if lines:
-            found.append((path.relative_to(ROOT).as_posix(), "\n".join(lines)))
-    return found
+LINES = re.compile(r"^(?:    |)((?:python|accelerate|torchrun|hf-multipole) (?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+def help_of(command: str) -> str:
+    """What ``hf-multipole command --help`` shows before the options."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), suppress(SystemExit):
+        patch.setattr(sys, "argv", ["hf-multipole", command, "--help"])
+        parsers.read(None)
+    return printed.getvalue().partition("\noptions:\n")[0]
+
+
+def shown() -> list[tuple[str, str]]:
+    """The command lines in docstrings, by file, and in the help of the commands."""
+    files = [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("hf_multipole/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    words = {path.relative_to(ROOT).as_posix(): ast.get_docstring(ast.parse(path.read_text()), clean=False) or "" for path in files}
+    words |= {f"hf-multipole {command} --help": help_of(command) for command in parsers.COMMANDS}
+    lines = {name: "\n".join(LINES.findall(text)) for name, text in words.items()}
+    return [(name, script) for name, script in lines.items() if script]
 
 
 def check_call(program: str, arguments: list[str], monkeypatch) -> None:
@@ -161,24 +173,40 @@ def check_call(program: str, arguments: list[str], monkeypatch) -> None:
         assert getattr(given, "config_file", None) is None or (ROOT / given.config_file).is_file()
         module = ["-m"] if given.module else []
         check_call("python", [*module, given.training_script, *given.training_script_args], monkeypatch)
+    elif program == "hf-multipole" or arguments[:2] == ["-m", "hf_multipole.commands"]:
+        command, *arguments = arguments if program == "hf-multipole" else arguments[2:]
+        check_command(command, arguments, monkeypatch)
     else:
-        assert program == "python"
-        name = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
-        check_arguments(ROOT / name, arguments[2:] if arguments[0] == "-m" else arguments[1:], monkeypatch)
+        module = arguments[0] == "-m"
+        name, *arguments = arguments[module:]
+        file = ROOT / (name.replace(".", "/") + ".py" if module else name)
+        assert file.is_file()
+        if file.name == "peers.py":
+            # It runs another script, whose attention it adds to.
+            name, *arguments = arguments
+            file = ROOT / "scripts" / f"{name}.py"
+        if file.name in startup.SCRIPTS:
+            check_command(startup.SCRIPTS[file.name], arguments, monkeypatch)
+        elif "tests" not in file.parts:  # which is not of this process: it chooses how Triton is imported
+            check_module(".".join(file.relative_to(ROOT).with_suffix("").parts), arguments, monkeypatch)
 
 
-def check_arguments(file: Path, arguments: list[str], monkeypatch) -> None:
-    assert file.is_file()
-    if file.name == "peers.py":
-        # It runs another script, whose attention it adds to.
-        return check_arguments(ROOT / "scripts" / f"{arguments[0]}.py", arguments[1:], monkeypatch)
-    if file.name in ("run_clm.py", "run_mlm.py"):
+def check_command(command: str, arguments: list[str], monkeypatch) -> None:
+    """Reads the arguments of a command of the package."""
+    if command in ("train-clm", "train-mlm"):
         if "--config" in arguments and arguments[arguments.index("--config") + 1].startswith("runs/"):
             place = arguments.index("--config")
             arguments = arguments[:place] + arguments[place + 2 :]
-        kinds = (ModelArguments, DataArguments, RunArguments, TrainingArguments, *((MaskingArguments,) if file.name == "run_mlm.py" else ()))
-        parse(arguments, kinds)
-        return
+        # Of GPUs.
+        parse([*arguments, "--bf16", "false"], MASKED_KINDS if command == "train-mlm" else KINDS)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["hf-multipole", command, *arguments])
+            parsers.read(None)
+
+
+def check_module(module: str, arguments: list[str], monkeypatch) -> None:
+    """Runs a module until it has read its command line."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def read(self, args=None, namespace=None):
@@ -187,16 +215,13 @@ def check_arguments(file: Path, arguments: list[str], monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", read)
-        patch.setattr(sys, "argv", [str(file), *arguments])
+        patch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(Read):
-            if file.parent == ROOT / "scripts":
-                runpy.run_path(str(file), run_name="__main__")
-            else:
-                runpy.run_module(".".join(file.relative_to(ROOT).with_suffix("").parts), run_name="__main__")
+            runpy.run_module(module, run_name="__main__")
 
 
 COMMANDS = [(page, "\n".join(text for _, _, text in blocks(page, "bash"))) for page in PAGES]
-COMMANDS = [(page, script) for page, script in COMMANDS if script] + in_docstrings()
+COMMANDS = [(page, script) for page, script in COMMANDS if script] + shown()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of runpy, on modules that other tests have imported
@@ -240,8 +265,13 @@ def test_the_first_pages_run_one_after_the_other(tmp_path):
         if (ROOT / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    # The console command, of the clone, whatever is installed here.
+    (programs / "hf-multipole").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m hf_multipole.commands "$@"\n')
+    (programs / "hf-multipole").chmod(0o755)
     environment = os.environ | {"PYTHONPATH": str(clone), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment["PATH"] = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = []
     for page in FIRST:
         for language, mark, text in blocks(page, "python", "bash"):
@@ -251,5 +281,5 @@ def test_the_first_pages_run_one_after_the_other(tmp_path):
                 assert done.returncode == 0, f"{page}\n{text}\n{done.stderr[-3000:]}"
                 ran.append(page)
     assert set(ran) == set(FIRST)
-    changed = {path.relative_to(clone).parts[0] for path in clone.rglob("*") if path.is_file()} - {Path(name).parts[0] for name in listed.splitlines()}
-    assert changed == {"runs"}
+    made = {path.relative_to(clone).parts[0] for path in clone.rglob("*") if path.is_file()}
+    assert made - {Path(name).parts[0] for name in listed.splitlines()} == {"runs"}

@@ -250,12 +250,3 @@ def test_the_models_that_the_quickstart_compares():
         model = MultipoleForCausalLM(MultipoleConfig(vocab_size=384, max_position_embeddings=4096, **arguments.config_overrides))
         sizes.append(model.num_parameters())
     assert max(sizes) <= 1.1 * min(sizes)
-
-
-def test_the_examples_of_the_readme(tmp_path, monkeypatch):
-    """Each by itself, with its own imports; on shorter rows."""
-    monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert examples
-    for example in examples:
-        exec(example.replace("8192", "600"), {})

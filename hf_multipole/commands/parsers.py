@@ -70,7 +70,8 @@ def _training(program: str, masked: bool) -> argparse.ArgumentParser:
         f"""Trains a {task} language model with Transformers' Trainer.
 
     hf-multipole train-{kind} --config configs/{"wikitext-103-masked" if masked else "quickstart"}.yaml --max_steps 100
-    accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m hf_multipole.commands train-{kind} --config ...
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m hf_multipole.commands train-{kind} \\
+        --config configs/{"wikitext-103-masked" if masked else "wikitext-103-causal"}.yaml
 
 The YAML file holds any of the names below; the command line wins over it, and mappings are merged. Everything that can be refused is
 refused before the first step. A run leaves in its folder the weights with their code, figures.json, plots and a model card.""",
@@ -107,7 +108,8 @@ def _evaluate(program: str) -> argparse.ArgumentParser:
 
     hf-multipole evaluate --model runs/quickstart --folder stdlib --context-lengths 512 1024 4096 --output runs/evaluation
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m hf_multipole.commands evaluate --model gpt2 \\
-        --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 --split test --lines --stride 256 ...
+        --dataset-name Salesforce/wikitext --dataset-config-name wikitext-103-raw-v1 --split test --lines \\
+        --context-lengths 1024 --stride 256 --output runs/gpt2
 
 Writes evaluation.json, the loss by position as a plot and, with --probes, how far back the model reaches as a heat map.""",
     )

@@ -2,7 +2,8 @@
 
     python -m scripts.common.peers run_clm --config configs/quickstart.yaml --attn_implementation peer_linear \
         --config_overrides '{layer_types: [full_attention, full_attention]}' --output_dir runs/linear
-    python -m scripts.common.peers evaluate_lm --model runs/linear --attn-implementation peer_linear ...
+    python -m scripts.common.peers evaluate_lm --model runs/linear --attn-implementation peer_linear --folder stdlib \
+        --context-lengths 4096 --output runs/evaluation-linear
 
 So they run in the same block as multipole attention, in layers of "full_attention", and with the same rotary positions:
     peer_linear: linear attention with feature map elu + 1 (Katharopoulos et al., arXiv 2006.16236);

@@ -1,6 +1,6 @@
 """Draws the held-out curves of several runs of run_clm.py in one plot, and prints their last values.
 
-python -m scripts.studies.compare_curves --output comparison.png multipole=runs/quickstart "full attention=runs/quickstart-full"
+python -m scripts.studies.compare_curves --output runs/comparison.png multipole=runs/quickstart "full attention=runs/quickstart-full"
 """
 
 import argparse

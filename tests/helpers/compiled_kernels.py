@@ -1,6 +1,6 @@
 """Every Triton kernel compiled for GPUs that need not be there: what the interpreter cannot see, types and resources.
 
-    python tests/compiled_kernels.py 80 90      # a table of all dtypes and head dimensions, some minutes
+    python -m tests.helpers.compiled_kernels 80 90  # a table of all dtypes and head dimensions, some minutes
 
 Apart from the tests' own process, where Triton may have been imported with its interpreter.
 """
