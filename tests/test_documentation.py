@@ -83,10 +83,12 @@ def test_a_report_begins_with_three_findings_and_a_picture(page):
 # Snippets
 
 
+# Which take seconds each: of models of some size, on long rows.
+LONG = {"README.md": pytest.mark.slow, "hf_multipole/README.md": pytest.mark.slow}
 SNIPPETS = [(page, i, text) for page in PAGES for i, (_, _, text) in enumerate(blocks(page, "python")) if Path(page).name == "README.md"]
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, id=f"{page}-{i}") for page, i, text in SNIPPETS])
+@pytest.mark.parametrize("text", [pytest.param(text, id=f"{page}-{i}", marks=LONG.get(page, ())) for page, i, text in SNIPPETS])
 def test_snippets_run_as_they_stand(text, tmp_path, monkeypatch):
     """Each by itself, with its own imports."""
     monkeypatch.chdir(tmp_path)
