@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+import hf_multipole
+from tests.helpers.interpreter import DEVICE
 from tests.helpers.rows import LAYOUTS, lay_out, mask_of, segments_of
 
 
@@ -120,6 +122,26 @@ def cases(draw, dtypes=(torch.float64,), n=st.integers(1, 12), windows=True, ord
         seed=draw(st.integers(0, 1000)),
     )
     return TensorCase(**drawn | fixed)
+
+
+# Implementations
+
+
+def polynomial(q, keys, values, *, window=None, **options):
+    return hf_multipole.tensor_attention(q, keys, values, method="polynomial", **options)
+
+
+def fixed_polynomial(q, keys, values, **options):
+    """A given polynomial, so that nothing is measured that could differ between two calls."""
+    return polynomial(q, keys, values, degree=5, entry_bound=1.0, **options)
+
+
+def by_kernels(q, keys, values, *, attention_mask=None, segment_ids=None, **options):
+    """On the kernels' device; the result and gradients are on that of the arguments."""
+    q, attention_mask, segment_ids, *others = (x if x is None else x.to(DEVICE) for x in (q, attention_mask, segment_ids, *keys, *values))
+    masks = {"attention_mask": attention_mask, "segment_ids": segment_ids}
+    half = len(others) // 2
+    return hf_multipole.tensor_attention(q, others[:half], others[half:], **masks, backend="triton", **options).cpu()
 
 
 # What is refused

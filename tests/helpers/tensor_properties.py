@@ -102,3 +102,35 @@ def documents_do_not_meet(attention, case: TensorCase) -> None:
             size = max(1.0, value.abs().max().item())
             bound = 1e-10 if case.dtype == torch.float64 else case.n * torch.finfo(case.dtype).eps * size
             assert_within(actual[name][:, :, part], value, bound, f"{name} of tokens {start} to {stop}", case)
+
+
+def weights_sum_to_one(attention, case: TensorCase) -> None:
+    """Values of 2 in every index: their product, and zeros at padded queries."""
+    call = make(case)
+    with torch.no_grad():
+        for name in call.leaves:
+            if name[0] == "v":
+                call.leaves[name].fill_(2.0)
+    real = call.visible(1).any(-1)[:, None, :, None]
+    assert_within(call(attention), (2.0 ** (case.order - 1) * real).expand(call.upstream.shape), 1e-13, "constant values", case)
+
+
+def half_precision_is_rounded_once(attention, case: TensorCase) -> None:
+    """What is computed from the arguments is float32 to the end."""
+    actual = make(case).with_gradients(attention)
+    exact = make(case, torch.float64, rounded=case.dtype).with_gradients(tensor_attention_reference)
+    for name, value in exact.items():
+        error = (actual[name].double() - value).abs()
+        assert (error <= 0.51 * torch.finfo(case.dtype).eps * value.abs() + 1e-5).all(), (name, error.max(), case)
+
+
+def layout_does_not_matter(attention, case: TensorCase) -> None:
+    assert torch.equal(make(case)(attention), make(replace(case, layout="contiguous"))(attention)), case
+
+
+def compiles_without_a_graph_break(attention, case: TensorCase, bound: float) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    actual, expected = (make(case).with_gradients(function) for function in (compiled, attention))
+    for name, value in expected.items():
+        assert_within(actual[name], value, bound, name, case)

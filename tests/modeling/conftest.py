@@ -24,3 +24,12 @@ def quick_interpreter():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(function, "__call__", quick)
         yield
+
+
+@pytest.fixture
+def small_tiles(quick_interpreter, monkeypatch):
+    """Several tiles in a short row of tensor attention, and one row for each query."""
+    from hf_multipole.modeling import tensor_triton as kernels
+
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "_TILES", dict.fromkeys(kernels._TILES, [kernels._Tiles(16, 16, 4)] * 2))

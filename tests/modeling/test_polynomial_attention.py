@@ -23,26 +23,10 @@ from hf_multipole.modeling.polynomial_attention import (
 )
 from hf_multipole.reference import tensor_attention_reference
 from tests.helpers.numerics import assert_within, peak_bytes
-from tests.helpers.rows import LAYOUTS
-from tests.helpers.tensor_cases import TensorCase, cases, make, plain_tensors
-from tests.helpers.tensor_properties import (
-    documents_do_not_meet,
-    future_does_not_matter,
-    padding_does_not_matter,
-    sees_exactly_what_is_visible,
-)
+from tests.helpers.tensor_cases import TensorCase, cases, fixed_polynomial, make, plain_tensors, polynomial
 
 PADDED = ((2, 3), (0, 5))
 FULL = TensorCase(n=14, repeats=2, entries=1.0)
-
-
-def polynomial(q, keys, values, *, window=None, **options):
-    return tensor_attention(q, keys, values, method="polynomial", **options)
-
-
-def fixed(q, keys, values, **options):
-    """A given polynomial, so that nothing is measured that could differ between two calls."""
-    return polynomial(q, keys, values, degree=5, entry_bound=1.0, **options)
 
 
 # The polynomials
@@ -221,59 +205,16 @@ def test_output_and_gradients_equal_the_reference(case):
         assert_within(value, expected[name], 1e-8 * max(1.0, expected[name].abs().max().item()), name, case)
 
 
-@pytest.mark.parametrize("order", [2, 3, 4])
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradcheck(causal, order):
-    """The gradient is that of the polynomial's output, whatever its degree."""
-    case = TensorCase(n=6, order=order, dim=2, value_dim=1, batch=1, kv_heads=1, repeats=2, causal=causal, queries=5, entries=0.5)
-    call = make(case)
-
-    def function(q, *others):
-        return fixed(q, others[: order - 1], others[order - 1 :], **call.options)
-
-    assert torch.autograd.gradcheck(function, tuple(call.leaves.values()))
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_size_of_the_parts_does_not_matter(monkeypatch, causal):
     call = make(replace(FULL, n=40, causal=causal, queries=33))
-    expected = call.with_gradients(fixed)
+    expected = call.with_gradients(fixed_polynomial)
     for at_once, chunk, summed in ((1, 1, 1), (20_000, 5, 7), (2**30, 16, 32)):
         monkeypatch.setattr(module, "_AT_ONCE", at_once)
         monkeypatch.setattr(module, "_CHUNK", {2: chunk})
         monkeypatch.setattr(module, "_SUMMED", summed)
-        for name, value in call.with_gradients(fixed).items():
+        for name, value in call.with_gradients(fixed_polynomial).items():
             assert_within(value, expected[name], 1e-12, name, call)
-
-
-@settings(max_examples=15)
-@given(case=cases(windows=False, entries=1.0))
-def test_sees_exactly_what_is_visible(case):
-    sees_exactly_what_is_visible(fixed, replace(case, dim=2))
-
-
-@settings(max_examples=10)
-@given(case=cases(windows=False, entries=1.0))
-def test_the_future_does_not_matter(case):
-    future_does_not_matter(fixed, case, values=(0.9, -1.0))
-
-
-@settings(max_examples=10)
-@given(case=cases(windows=False, entries=1.0))
-def test_padding_does_not_matter(case):
-    padding_does_not_matter(polynomial, case)
-
-
-@settings(max_examples=10)
-@given(case=cases(windows=False, entries=1.0))
-def test_documents_do_not_meet(case):
-    documents_do_not_meet(fixed, case)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layout_in_memory_does_not_matter(layout):
-    one, other = (make(replace(FULL, layout=name)) for name in ("contiguous", layout))
-    assert torch.equal(one(fixed), other(fixed))
 
 
 # The certificate
@@ -456,7 +397,7 @@ def test_bidirectional_queries_see_the_state():
     keys, values = torch.stack([k0, k1]), torch.stack([v0, v1])
     _, state = attend(q[:, :, :0], keys[:, :, :, :6], values[:, :, :, :6], approximation, causal=False)
     out, _ = attend(q, keys[:, :, :, 6:], values[:, :, :, 6:], approximation, causal=False, state=state)
-    assert_within(out, call(fixed), 1e-12, "out", call)
+    assert_within(out, call(fixed_polynomial), 1e-12, "out", call)
 
 
 # Cost

@@ -1,107 +1,23 @@
-"""Tensor attention, the exact path: the properties, the ways it is used in training, and what is refused."""
+"""The operator of tensor attention: what it equals, the ways it is used in training, what it is for, and what it refuses."""
 
-import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import example, given, settings
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_multipole import tensor_attention
 from hf_multipole.modeling import tensor_attention as module
 from hf_multipole.reference import tensor_attention_reference
-from tests.helpers.commands import run
-from tests.helpers.numerics import LOW, assert_within
-from tests.helpers.rows import LAYOUTS
-from tests.helpers.tensor_cases import TensorCase, cases, make, plain_tensors
-from tests.helpers.tensor_properties import (
-    documents_do_not_meet,
-    future_does_not_matter,
-    matches_reference,
-    padding_does_not_matter,
-    sees_exactly_what_is_visible,
-)
+from tests.helpers.numerics import assert_within
+from tests.helpers.operators import check_operator
+from tests.helpers.tensor_cases import TensorCase, make, plain_tensors
 
 PADDED = ((2, 3), (0, 5))
 FULL = TensorCase(n=14, repeats=2)
-SHAPES = {
-    "plain": {},
-    "padded": {"padding": PADDED},
-    "packed": {"cuts": (3, 8)},
-    "packed and padded": {"cuts": (3, 8), "padding": PADDED},
-    "last queries": {"queries": 4},
-}
-WINDOWS = {"none": None, "both": (3, 5), "the first": (3, None), "the second": (None, 4), "narrow": (1, 2)}
-
-
-# Properties
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("causal", [True, False])
-def test_output_and_gradients_equal_the_reference(causal, window, shape):
-    matches_reference(tensor_attention, replace(FULL, causal=causal, window=WINDOWS[window], **SHAPES[shape]))
-
-
-@settings(max_examples=40)
-@given(case=cases())
-@example(TensorCase(n=6, order=4, window=(2, None, 3), queries=4))
-@example(TensorCase(n=7, order=4, causal=False))
-@example(TensorCase(n=40, order=2, window=(9,), batch=1))
-@example(TensorCase(n=40, batch=1, window=(3, 20)))  # more than one block of queries
-@example(TensorCase(n=40, batch=1, window=(3, 20), causal=False))
-@example(TensorCase(n=5, order=5, batch=1, kv_heads=1))
-def test_any_call_equals_the_reference(case):
-    matches_reference(tensor_attention, case)
-
-
-@given(case=cases(dtypes=LOW))
-def test_lower_precision_stays_within_its_bound(case):
-    matches_reference(tensor_attention, case)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, (3, 5)])
-def test_half_precision_is_rounded_once(window, dtype):
-    """What is computed from the arguments is float32 to the end."""
-    case = replace(FULL, window=window, dtype=dtype, padding=PADDED)
-    actual = make(case).with_gradients(tensor_attention)
-    exact = make(case, torch.float64, rounded=dtype).with_gradients(tensor_attention_reference)
-    for name, value in exact.items():
-        error = (actual[name].double() - value).abs()
-        assert (error <= 0.51 * torch.finfo(dtype).eps * value.abs() + 1e-5).all(), (name, error.max())
-
-
-@given(case=cases())
-@example(replace(FULL, padding=PADDED, cuts=(8,), window=(3, 5)))
-def test_sees_exactly_what_is_visible(case):
-    sees_exactly_what_is_visible(tensor_attention, case)
-
-
-@settings(max_examples=10)
-@given(case=cases(dtypes=(torch.float64, *LOW)))
-@example(FULL)
-@example(replace(FULL, n=30, batch=1, window=(3, 20)))
-def test_the_future_does_not_matter(case):
-    future_does_not_matter(tensor_attention, case)
-
-
-@settings(max_examples=15)
-@given(case=cases(dtypes=(torch.float64, *LOW)))
-@example(replace(FULL, causal=False, window=(3, None)))
-def test_padding_does_not_matter(case):
-    padding_does_not_matter(tensor_attention, case)
-
-
-@settings(max_examples=15)
-@given(case=cases())
-@example(replace(FULL, cuts=(3, 8)))
-def test_documents_do_not_meet(case):
-    documents_do_not_meet(tensor_attention, case)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e4])
@@ -115,17 +31,6 @@ def test_what_lies_outside_the_windows_does_not_matter(value):
         after, reached = call(tensor_attention).detach(), slice(5, 5 + width)
         changed = (~torch.isclose(after, before, rtol=0, atol=1e-12)).all(-1).all(1)[0]
         assert changed[reached].all() and changed.sum() == width, name
-
-
-@given(case=cases(windows=False))
-def test_weights_sum_to_one(case):
-    call = make(case)
-    with torch.no_grad():
-        for name in call.leaves:
-            if name[0] == "v":
-                call.leaves[name].fill_(2.0)
-    real = call.visible(1).any(-1)[:, None, :, None]
-    assert_within(call(tensor_attention), (2.0 ** (case.order - 1) * real).expand(call.upstream.shape), 1e-13, "constant values", case)
 
 
 # Other ways to say the same
@@ -180,12 +85,6 @@ def test_an_index_of_ones_lowers_the_order():
     assert_within(call(tensor_attention), lower, 1e-13, "of order 2", FULL)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layout_in_memory_does_not_matter(layout):
-    one, other = (make(replace(FULL, layout=name)) for name in ("contiguous", layout))
-    assert torch.equal(one(tensor_attention), other(tensor_attention))
-
-
 @pytest.mark.parametrize("window", [None, (3, 5)])
 def test_one_tensor_in_every_place(window):
     """Gradients of its uses add up, and nothing is written to."""
@@ -221,39 +120,9 @@ def test_large_scores():
 # In training
 
 
-@pytest.mark.parametrize("order, window", [(2, None), (3, None), (3, (2, 4)), (4, None), (4, (2, None, 3))])
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradcheck(causal, order, window):
-    """Numerical derivatives, which share nothing with the reference."""
-    call = make(TensorCase(n=6, order=order, window=window, dim=2, value_dim=1, batch=1, kv_heads=1, repeats=2, causal=causal, queries=5))
-
-    def function(q, *others):
-        return tensor_attention(q, others[: order - 1], others[order - 1 :], **call.options)
-
-    assert torch.autograd.gradcheck(function, tuple(call.leaves.values()))
-
-
 @pytest.mark.parametrize("window", [None, (3, 5)])
 def test_opcheck(window):
-    """Schema, fake tensors and autograd of the custom operator, as torch.compile relies on them."""
-    seen = []
-    real = module.tensor_tiles
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "tensor_tiles", lambda *arguments: seen.append(arguments) or real(*arguments))
-        make(replace(FULL, window=window, padding=PADDED))(tensor_attention)
-    for arguments in seen:
-        leaves = (x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments)
-        torch.library.opcheck(real, tuple(leaves), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-
-
-@pytest.mark.parametrize("shape", ["plain", "packed and padded"])
-def test_compiles_without_a_graph_break(shape):
-    torch._dynamo.reset()
-    compiled = torch.compile(tensor_attention, fullgraph=True, backend="aot_eager")
-    case = replace(FULL, window=(3, 5), **SHAPES[shape])
-    actual, expected = (make(case).with_gradients(function) for function in (compiled, tensor_attention))
-    for name, value in expected.items():
-        assert_within(actual[name], value, 1e-11, name, case)
+    check_operator(module, "tensor_tiles", partial(make(replace(FULL, window=window, padding=PADDED)), tensor_attention))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -314,21 +183,6 @@ def test_match3(window):
         assert torch.equal(out[0, 0, :-1, 0] > 0.5, labels), seed
         found.append(labels)
     assert 0.2 < torch.cat(found).float().mean() < 0.8
-
-
-# Its benchmark
-
-
-def test_benchmark(tmp_path):
-    lengths = ["--lengths", 20, "--window-lengths", 40, "--polynomial-lengths", 40, "--window", 3, 9, "--repeats", 1, "--threads", 1]
-    run("scripts.benchmarks.tensor", *lengths, "--output", "out", cwd=tmp_path)
-    record = json.loads((tmp_path / "out" / "benchmark-tensor.json").read_text())
-    assert {result["part"] for result in record["results"]} == {"exact", "window", "polynomial"}
-    if not torch.cuda.is_available():
-        assert "--device cuda: PyTorch finds no CUDA device" in run(
-            "scripts.benchmarks.tensor", "--device", "cuda", cwd=tmp_path, fails=True
-        )
-    assert "--repeats 0 must be positive" in run("scripts.benchmarks.tensor", "--repeats", 0, cwd=tmp_path, fails=True)
 
 
 # What is refused

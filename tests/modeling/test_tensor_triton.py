@@ -1,4 +1,4 @@
-"""The GPU kernels of tensor attention: on a GPU where there is one, else under Triton's interpreter; and compiled for others."""
+"""The GPU kernels of tensor attention beyond their properties: the near-linear path, the operator, what is refused; and compiled."""
 
 import importlib
 import json
@@ -11,20 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import hf_multipole
 from hf_multipole.modeling.polynomial_attention import features
 from hf_multipole.reference import tensor_attention_reference
+from tests.helpers.interpreter import DEVICE, gpu
 from tests.helpers.numerics import assert_within
-from tests.helpers.tensor_cases import TensorCase, cases, make, plain_tensors
+from tests.helpers.operators import check_operator
+from tests.helpers.tensor_cases import TensorCase, by_kernels, make, plain_tensors
 from tests.helpers.tensor_properties import (
-    documents_do_not_meet,
-    future_does_not_matter,
     matches_reference,
-    padding_does_not_matter,
-    sees_exactly_what_is_visible,
 )
 
 triton = pytest.importorskip("triton")
@@ -34,77 +30,15 @@ from hf_multipole.modeling import tensor_triton as kernels  # noqa: E402
 from hf_multipole.modeling.polynomial_triton import feature_map  # noqa: E402
 
 ROOT = Path(hf_multipole.__file__).parents[1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
 
 
 # The interpreter computes what is not finite as the kernels do, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def tensor_attention(q, keys, values, *, attention_mask=None, segment_ids=None, **options):
-    """By the kernels, on their device; the result and gradients are on that of the arguments."""
-    q, attention_mask, segment_ids, *others = (x if x is None else x.to(DEVICE) for x in (q, attention_mask, segment_ids, *keys, *values))
-    masks = {"attention_mask": attention_mask, "segment_ids": segment_ids}
-    half = len(others) // 2
-    return hf_multipole.tensor_attention(q, others[:half], others[half:], **masks, backend="triton", **options).cpu()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quicker_interpreter():
-    """The interpreter prepares the language anew for every function that a kernel calls; once a kernel is enough."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            function = type(kernels._rows)
-            call = function.__call__
-
-            def quick(self, *args, **kwargs):
-                ours = self.fn.__globals__ in (vars(kernels), vars(near_kernels))
-                return (self.rewrite() if ours else partial(call, self))(*args, **kwargs)
-
-            patch.setattr(function, "__call__", quick)
-        yield
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several tiles in a short row, and one row for each query."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
-    monkeypatch.setattr(kernels, "_TILES", dict.fromkeys(kernels._TILES, [kernels._Tiles(16, 16, 4)] * 2))
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("quick_interpreter")]
 
 
 FULL = TensorCase(n=18, batch=1, kv_heads=1, dtype=torch.float32)
 WINDOWS = replace(FULL, n=20, window=(3, 6))
 PACKED = {"cuts": (3, 8), "padding": ((2, 1),)}
-CASES = {
-    "causal": FULL,
-    "bidirectional": replace(FULL, n=17, causal=False),
-    "windows": WINDOWS,
-    "windows, bidirectional": replace(WINDOWS, causal=False),
-    "a window of the second": replace(WINDOWS, window=(None, 3)),
-    "the narrowest windows": replace(WINDOWS, window=(1, 1)),
-    "grouped heads": replace(WINDOWS, n=12, batch=2, kv_heads=2, repeats=3, layout="fused"),
-    "grouped heads, full": replace(FULL, n=10, repeats=2, layout="strided"),
-    "padded": replace(WINDOWS, batch=2, padding=((2, 3), (0, 5)), causal=False),
-    "packed": replace(FULL, **PACKED),
-    "packed, bidirectional": replace(WINDOWS, causal=False, **PACKED),
-    "the last queries": replace(FULL, queries=4),
-    "the last queries, bidirectional": replace(WINDOWS, queries=4, causal=False, repeats=2),
-    "one query": replace(FULL, queries=1),
-    "one token": replace(FULL, n=1),
-    "whole widths": replace(WINDOWS, dim=16, value_dim=32, scale=-0.1),
-}
-
-
-# Properties
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_and_gradients_equal_the_reference(small_tiles, case):
-    matches_reference(tensor_attention, case)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -114,44 +48,7 @@ def test_several_rows_of_each_query(monkeypatch, window, causal):
     monkeypatch.setattr(kernels, "_TILES", dict.fromkeys(kernels._TILES, [kernels._Tiles(16, 16, 4)] * 2))
     case = replace(FULL, n=11, queries=3, repeats=2, window=window, causal=causal, padding=((1, 3),))
     assert kernels._splits(kernels._Tiles(16, 16, 4), 6, min(window or (11,))) == (8 if window is None else 2)
-    matches_reference(tensor_attention, case)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["bidirectional", "windows", "packed"])
-def test_low_precision_is_within_twice_the_error_of_a_reference_that_rounds_its_products(small_tiles, name, dtype):
-    matches_reference(tensor_attention, replace(CASES[name], dim=16, value_dim=16, dtype=dtype), rounded_products=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_of_the_size_that_is_used(dtype):
-    case = TensorCase(n=150, batch=1, kv_heads=1, dim=16, value_dim=16, window=(2, 70), padding=((3, 0),), cuts=(20,), dtype=dtype)
-    matches_reference(tensor_attention, case, rounded_products=True)
-
-
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=cases(dtypes=(torch.float32,), n=st.integers(1, 9), orders=(3,)))
-def test_any_call_equals_the_reference(small_tiles, case):
-    matches_reference(tensor_attention, case)
-
-
-@pytest.mark.parametrize("name", ["causal", "windows, bidirectional"])
-def test_sees_exactly_what_is_visible(small_tiles, name):
-    sees_exactly_what_is_visible(tensor_attention, replace(CASES[name], n=7, padding=((1, 1),), cuts=(4,)))
-
-
-@pytest.mark.parametrize("window", [None, (2, 4)])
-def test_the_future_does_not_matter(small_tiles, window):
-    future_does_not_matter(tensor_attention, replace(FULL, n=7, window=window), values=(torch.nan, torch.inf))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_does_not_matter(small_tiles, dtype):
-    padding_does_not_matter(tensor_attention, replace(WINDOWS, n=7, dtype=dtype), garbage=(torch.nan, torch.inf))
-
-
-def test_documents_do_not_meet(small_tiles):
-    documents_do_not_meet(tensor_attention, replace(FULL, n=9, cuts=(2, 6)))
+    matches_reference(by_kernels, case)
 
 
 # The near-linear path
@@ -185,12 +82,8 @@ def test_the_near_linear_path_equals_its_definition(case):
     expected = exact.with_gradients(hf_multipole.tensor_attention, **NEAR)
     _, certificate = make(case)(hf_multipole.tensor_attention, return_certificate=True, **NEAR)
     bound = certificate.rounding.max().item()
-    for name, x in make(case).with_gradients(tensor_attention, **NEAR).items():
+    for name, x in make(case).with_gradients(by_kernels, **NEAR).items():
         assert_within(x, expected[name], bound * max(1.0, expected[name].abs().max().item()), name, case)
-
-
-def test_the_near_linear_path_sees_exactly_what_is_visible():
-    sees_exactly_what_is_visible(partial(tensor_attention, **NEAR), replace(SHORT, n=5, dim=2, padding=((1, 0),), cuts=(3,)))
 
 
 @pytest.mark.parametrize("name", ["feature_map", "causal_sums"])
@@ -205,32 +98,15 @@ def test_opcheck_of_the_near_linear_path(name):
 
 
 def test_opcheck(small_tiles):
-    """Schema, fake tensors and autograd of the custom operator, as torch.compile relies on them."""
-    seen = []
-    real = kernels.tensor_kernels
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "tensor_kernels", lambda *arguments: seen.append(arguments) or real(*arguments))
-        make(replace(WINDOWS, n=6, cuts=(2,), padding=((1, 1),)))(tensor_attention)
-    for arguments in seen:
-        leaves = (x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments)
-        torch.library.opcheck(real, tuple(leaves), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-
-
-def test_compiles_without_a_graph_break(small_tiles):
-    torch._dynamo.reset()
-    compiled = torch.compile(tensor_attention, fullgraph=True, backend="aot_eager")
-    case = replace(WINDOWS, n=6, cuts=(2,))
-    actual, expected = (make(case).with_gradients(function) for function in (compiled, tensor_attention))
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    check_operator(kernels, "tensor_kernels", partial(make(replace(WINDOWS, n=6, cuts=(2,), padding=((1, 1),))), by_kernels))
 
 
 def test_autocast(small_tiles):
     """float32 in, bfloat16 out; gradients are float32."""
     call = make(replace(WINDOWS, n=6))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast(DEVICE, dtype=torch.bfloat16):
-        out = call(tensor_attention)
-    expected = make(replace(WINDOWS, n=6), torch.bfloat16)(tensor_attention)
+        out = call(by_kernels)
+    expected = make(replace(WINDOWS, n=6), torch.bfloat16)(by_kernels)
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.sum(), list(call.leaves.values())))
 
@@ -240,10 +116,10 @@ def test_what_is_not_finite_is_seen_where_it_is_and_nowhere_else(small_tiles, va
     """As a marked output of every query that sees it."""
     for name, width in (("q", 1), ("k0", 3), ("v0", 3), ("k1", 6), ("v1", 6)):
         call = make(replace(WINDOWS, n=12))
-        before = call(tensor_attention)
+        before = call(by_kernels)
         with torch.no_grad():
             call.leaves[name][:, :, 5, 1] = value
-        after, seen = call(tensor_attention), slice(5, 5 + width)
+        after, seen = call(by_kernels), slice(5, 5 + width)
         assert after[:, :, seen].isnan().all(), name
         assert torch.equal(after[:, :, :5], before[:, :, :5]) and torch.equal(after[:, :, 5 + width :], before[:, :, 5 + width :]), name
 
@@ -257,7 +133,7 @@ def test_large_products_of_float16(small_tiles):
             for name in ("q", "k0", "k1"):
                 some.leaves[name].mul_(300)
     expected = exact.with_gradients(tensor_attention_reference)
-    for name, x in call.with_gradients(tensor_attention).items():
+    for name, x in call.with_gradients(by_kernels).items():
         assert_within(x, expected[name], 0.02 * expected[name].abs().max().item(), name, case)
 
 
@@ -273,7 +149,7 @@ def test_real_sizes(widths, window, causal, dtype):
     )
     exact, rounded = (make(case, torch.float64, **options) for options in ({}, {"rounded": dtype}))
     expected, rounded = (call.with_gradients(hf_multipole.tensor_attention) for call in (exact, rounded))
-    for name, x in make(case).with_gradients(tensor_attention).items():
+    for name, x in make(case).with_gradients(by_kernels).items():
         size = expected[name].abs().max().item()
         bound = 4 * (rounded[name].to(dtype).double() - expected[name]).abs().max().item() + torch.finfo(dtype).eps * size
         assert_within(x, expected[name], bound + 2 * case.n * torch.finfo(torch.float32).eps * size, name, case)
@@ -349,7 +225,7 @@ def test_the_near_linear_path_at_real_sizes(causal):
     near = {"method": "polynomial", "degree": 4, "entry_bound": 1.0}
     expected = make(case, torch.float64).with_gradients(hf_multipole.tensor_attention, **near)
     _, certificate = make(case)(hf_multipole.tensor_attention, return_certificate=True, **near)
-    for name, x in make(case).with_gradients(tensor_attention, **near).items():
+    for name, x in make(case).with_gradients(by_kernels, **near).items():
         bound = certificate.rounding.max().item() * max(1.0, expected[name].abs().max().item())
         assert_within(x, expected[name], bound, name, case)
 

@@ -22,6 +22,18 @@ def test_benchmark_of_generation(tmp_path):
     assert "must be at least 2000" in run("scripts.benchmarks.generation", "--tokens", 10, cwd=tmp_path, fails=True)
 
 
+def test_benchmark_of_tensor_attention(tmp_path):
+    lengths = ["--lengths", 20, "--window-lengths", 40, "--polynomial-lengths", 40, "--window", 3, 9, "--repeats", 1, "--threads", 1]
+    run("scripts.benchmarks.tensor", *lengths, "--output", "out", cwd=tmp_path)
+    record = json.loads((tmp_path / "out" / "benchmark-tensor.json").read_text())
+    assert {result["part"] for result in record["results"]} == {"exact", "window", "polynomial"}
+    if not torch.cuda.is_available():
+        assert "--device cuda: PyTorch finds no CUDA device" in run(
+            "scripts.benchmarks.tensor", "--device", "cuda", cwd=tmp_path, fails=True
+        )
+    assert "--repeats 0 must be positive" in run("scripts.benchmarks.tensor", "--repeats", 0, cwd=tmp_path, fails=True)
+
+
 def test_tensor_tradeoff(tmp_path):
     """A bound that has a polynomial, and ones that have none; a second report takes the times of the first."""
     sizes = ["--orders", 3, "--score-dim", 2, "--value-dim", 2, "--tuples", 512, "--numbers", 512, "--repeats", 1, "--output", "out"]
