@@ -57,7 +57,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "tests/scripts/test_cost.py": "to be rewritten",
     },
     "few_parameters": {
-        "hf_multipole/modeling/attention_functions.py: multipole_attention_forward": "to be rewritten",
         "hf_multipole/modeling/multipole_attention.py: aligned_attention": "to be rewritten",
         "hf_multipole/modeling/multipole_attention.py: block_arguments": "to be rewritten",
         "hf_multipole/modeling/multipole_attention.py: multipole_attention": "to be rewritten",
@@ -76,7 +75,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "hf_multipole/modeling/tensor_attention.py: tensor_attention": "to be rewritten",
     },
     "short_functions": {
-        "hf_multipole/modeling/attention_functions.py: multipole_attention_forward": "to be rewritten",
         "hf_multipole/modeling/modeling_multipole.py: MultipoleModel.forward": "to be rewritten",
         "hf_multipole/modeling/multipole_attention.py: aligned_attention": "to be rewritten",
         "hf_multipole/modeling/multipole_attention.py: multipole_attention": "to be rewritten",

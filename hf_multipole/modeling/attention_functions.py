@@ -1,5 +1,8 @@
 """Multipole and tensor attention as attention implementations of Transformers: the attention functions."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,6 +38,20 @@ def refuse_features(arguments: dict, windowed: bool, asker: str) -> None:
     for name, remedy in _UNSUPPORTED.items():
         if arguments.get(name) is not None and not (windowed and name == "sliding_window"):
             raise ValueError(f"{asker} does not support {name}: {remedy}")
+
+
+class _Asked(NamedTuple):
+    """What a layer's call asks for, beside its tokens and their mask."""
+
+    dropout: float = 0.0
+    scaling: float | None = None
+    softcap: float | None = None
+    output_attentions: bool = False
+    downsample_queries: bool = False
+    # Of our own models, where summaries are rotated:
+    far_keys: torch.Tensor | None = None  # keys without positions
+    key_summary: Callable | None = None  # which gives the summaries theirs
+    rotary: Callable | None = None  # the same for a state, the model's rotate_at
 
 
 @torch.compiler.disable
@@ -183,75 +200,95 @@ def _check_call(query, mask: MultipoleMask, is_causal=None, cu_seq_lens_q=None, 
     mask.check_positions(position_ids)
 
 
+def _checked_mask(module, query, key, mask, past, kwargs: dict) -> MultipoleMask:
+    """The mask of a layer that sees whole rows. Raises ValueError where it is not one, or not that of these tokens; past: a cache layer
+    with a state, or None.
+    """
+    if mask is None and isinstance(key, torch.Tensor):
+        mask = _unmasked(module, query, key, kwargs.get("is_causal"))
+    if not isinstance(mask, MultipoleMask):
+        got = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
+        raise ValueError(
+            f"{asked_for(module.config)} needs the mask that its own mask function makes, but the model passed {got}; "
+            "masks over pairs of tokens are not supported, and models that make their own masks need 'sdpa'"
+        )
+    if past is None and mask.length != key.shape[2]:
+        raise ValueError(
+            f"the mask is for {mask.length} keys, but there are {key.shape[2]}: "
+            f"cross-attention and static caches are not supported by {asked_for(module.config)}"
+        )
+    _check_call(query, mask, **kwargs)
+    return mask
+
+
+def _in_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In the dtype of autocast, where that is on."""
+    kind = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors) if torch.is_autocast_enabled(kind) else tensors
+
+
+def _on_state(module, past, query, key, value, mask: MultipoleMask, asked: _Asked) -> torch.Tensor:
+    """Attention on what a cache layer keeps, of plain or of compiled code."""
+    if asked.dropout:
+        raise ValueError(NO_DROPOUT)
+    if asked.output_attentions:
+        raise ValueError("a generation state has no attention weights: use the cache of all keys (DynamicCache) for output_attentions")
+    rest = asked.softcap, asked.scaling
+    if mask.length is not None:
+        return _attend_past(module, past, query, key, value, mask, *rest, asked.rotary, asked.downsample_queries)
+    numbers = past.number, module.number, None if asked.rotary is None else asked.rotary.__self__.number
+    return attend_state(query, key, value, mask.attention_mask, mask.position_ids, *rest, *numbers, asked.downsample_queries)
+
+
+def _on_rows(module, query, key, value, mask: MultipoleMask, asked: _Asked) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of whole rows, whose keys are all there, and its weights if asked for."""
+    alignment, far_field = mask.alignment, getattr(module, "far_field", None)
+    # Rows that are mostly padding have fewer levels than their length tells.
+    longest = mask.length if alignment is None else min(mask.length, alignment.index.shape[1])
+    call = _call(module, query, longest, asked.softcap, asked.scaling, asked.downsample_queries)
+    call = call._replace(causal=mask.causal, dropout_p=asked.dropout, key_summary=asked.key_summary or call.key_summary)
+    out, weights = aligned_attention(query, key, value, alignment, call, asked.far_keys, asked.output_attentions)
+    if torch.is_grad_enabled() and far_field is not None:
+        out = far_field.keep_in_graph(out, longest)
+    return out, weights
+
+
 def multipole_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: MultipoleMask | None,
+    attention_mask: MultipoleMask | WindowMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
-    far_keys: torch.Tensor | None = None,
-    key_summary=None,
     output_attentions: bool | None = False,
-    rotary=None,
-    downsample_queries: bool = False,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function of "multipole": see :func:`multipole_attention`; learned parts are in ``module.far_field``.
 
     query: ``(batch, heads, queries, head_dim)``, key and value ``(batch, kv_heads, n, head_dim)``; or, with a generation state,
-    key is the cache layer's PastTokens and value holds the new tokens.
+    key is the cache layer's PastTokens and value holds the new tokens. kwargs: of our own models, the other fields of ``_Asked``.
     Returns the output ``(batch, queries, heads, head_dim)`` and, if asked for, the weights of tokens and summaries.
     """
+    own = {name: kwargs.pop(name) for name in _Asked._fields if name in kwargs}
+    asked = _Asked(dropout, scaling, softcap, bool(output_attentions), **own)
     windowed = isinstance(attention_mask, WindowMask)
     refuse_features(kwargs, windowed, asked_for(module.config))
     if windowed:
-        return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, output_attentions)
-    if attention_mask is None and isinstance(key, torch.Tensor):
-        attention_mask = _unmasked(module, query, key, kwargs.get("is_causal"))
-    if not isinstance(attention_mask, MultipoleMask):
-        got = f"a mask of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, torch.Tensor) else repr(attention_mask)
-        raise ValueError(
-            f"{asked_for(module.config)} needs the mask that its own mask function makes, but the model passed {got}; "
-            "masks over pairs of tokens are not supported, and models that make their own masks need 'sdpa'"
-        )
+        return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, asked.output_attentions)
     past = getattr(key, "layer", None)
-    if past is None and attention_mask.length != key.shape[2]:
-        raise ValueError(
-            f"the mask is for {attention_mask.length} keys, but there are {key.shape[2]}: "
-            f"cross-attention and static caches are not supported by {asked_for(module.config)}"
-        )
-    _check_call(query, attention_mask, **kwargs)
+    mask = _checked_mask(module, query, key, attention_mask, past, kwargs)
     if _is_exact(module):
         if past is not None:
             raise ValueError("the cache was made for other layers than config.multipole['layers']: make it from this model's configuration")
-        mask = attention_mask.pairs(query.device)
-        return exact_attention(query, key, value, mask, attention_mask.causal, dropout, scaling, softcap, output_attentions)
-    tokens = key if past is None else key.new
-    if torch.is_autocast_enabled(query.device.type):
-        query, tokens, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, tokens, value))
+        pairs = mask.pairs(query.device)
+        return exact_attention(query, key, value, pairs, mask.causal, dropout, scaling, softcap, asked.output_attentions)
+    query, key, value = _in_autocast(query, key if past is None else key.new, value)
     if past is not None:
-        if dropout:
-            raise ValueError(NO_DROPOUT)
-        if output_attentions:
-            raise ValueError("a generation state has no attention weights: use the cache of all keys (DynamicCache) for output_attentions")
-        if attention_mask.length is None:
-            mask = attention_mask
-            numbers = (past.number, module.number, None if rotary is None else rotary.__self__.number)
-            out = attend_state(query, tokens, value, mask.attention_mask, mask.position_ids, softcap, scaling, *numbers, downsample_queries)
-        else:
-            out = _attend_past(module, past, query, tokens, value, attention_mask, softcap, scaling, rotary, downsample_queries)
-        return out.transpose(1, 2).contiguous(), None
-    # Rows that are mostly padding have fewer levels than their length tells.
-    alignment = attention_mask.alignment
-    longest = attention_mask.length if alignment is None else min(attention_mask.length, alignment.index.shape[1])
-    call = _call(module, query, longest, softcap, scaling, downsample_queries)
-    call = call._replace(causal=attention_mask.causal, dropout_p=dropout, key_summary=key_summary or call.key_summary)
-    out, weights = aligned_attention(query, tokens, value, alignment, call, far_keys, bool(output_attentions))
-    if torch.is_grad_enabled() and hasattr(module, "far_field"):
-        out = module.far_field.keep_in_graph(out, longest)
+        out, weights = _on_state(module, past, query, key, value, mask, asked), None
+    else:
+        out, weights = _on_rows(module, query, key, value, mask, asked)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -354,8 +391,7 @@ def tensor_attention_forward(
     check_dropout(options, dropout)
     if past is not None:
         return _attend_sums(module, past, query, key.new, value, mask).transpose(1, 2).contiguous(), None
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    query, key, value = _in_autocast(query, key, value)
     out = document_attention(
         query,
         key.chunk(module.indices, 1),
