@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
 from .configuration_multipole import has_tensor_options, multipole_options
-from .hierarchy import level_count
+from .hierarchy import level_count, real_tokens
 from .learned import trained_length, trained_levels
 from .multipole_attention import aligned_attention
 from .multipole_cache import NO_DROPOUT, OUT_OF_STEP, numbered
@@ -88,6 +88,7 @@ def attend_state(
     if length != seen + q.shape[2]:
         raise ValueError(f"attention_mask has {length} tokens, but the cache and the input have {seen} + {q.shape[2]}")
     block_size = attention.config.block_size
+    attention_mask = None if attention_mask is None else real_tokens(attention_mask, q.shape[2])
     mask = MultipoleMask(True, len(q), q.shape[2], length, block_size, attention_mask, None, position_ids)
     rotary = None if rotary is None else numbered(rotary).rotate_at
     return _attend_past(attention, state_layer, q, k, v, mask, softcap, scale, rotary, downsample_queries).contiguous()
