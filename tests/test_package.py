@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import check_imports
 
 import hf_multipole
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
-from hf_multipole.training.hub import AUTO_MAP, save_with_code
+from hf_multipole.modeling.configuration_multipole import AUTO_MAP
 from hf_multipole.training.parsing import parse
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +115,7 @@ def checkpoint(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_with_code(model, folder)
+    model.save_pretrained(folder)
     ids = torch.randint(50, (2, 75))
     torch.save((ids, model(ids).logits.detach(), model(ids, output_hidden_states=True).hidden_states[-1].detach()), folder / "expected.pt")
     return folder
@@ -137,12 +137,16 @@ def test_what_travels(checkpoint):
         assert hasattr(sys.modules[f"hf_multipole.modeling.{module}"], cls)
 
 
-def test_saving_with_code_leaves_the_model_alone(tmp_path):
+def test_saving_leaves_the_model_alone(tmp_path):
+    """The map is that of the folder, and one that was there stays; the configuration by itself has the code, too."""
     model = MultipoleForCausalLM(MultipoleConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    save_with_code(model, tmp_path / "with")
-    model.save_pretrained(tmp_path / "without")
-    assert not list((tmp_path / "without").glob("*.py"))
-    assert "auto_map" not in (tmp_path / "without" / "config.json").read_text()
+    model.save_pretrained(tmp_path / "model")
+    assert not hasattr(model.config, "auto_map")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config.auto_map = {"AutoConfig": "somewhere--configuration_multipole.MultipoleConfig"}
+    config.save_pretrained(tmp_path / "config")
+    assert set(config.auto_map) == {"AutoConfig"} and AutoConfig.from_pretrained(tmp_path / "config").auto_map == AUTO_MAP
+    assert {path.name for path in (tmp_path / "config").glob("*.py")} == {path.name for path in (tmp_path / "model").glob("*.py")}
 
 
 def test_transformers_own_way_of_saving_code(tmp_path):
@@ -159,11 +163,9 @@ MultipoleForCausalLM(config).save_pretrained(sys.argv[2])
     folder = tmp_path / "saved"
     run(script, Path(hf_multipole.__file__).parents[1], folder, cwd=tmp_path)
     reference = tmp_path / "reference"
-    save_with_code(
-        MultipoleForCausalLM(MultipoleConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)), reference
-    )
+    MultipoleConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(reference)
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in reference.glob("*.py")}
-    assert set(AutoConfig.from_pretrained(folder).auto_map) == {"AutoConfig", "AutoModelForCausalLM"}
+    assert AutoConfig.from_pretrained(folder).auto_map == AUTO_MAP
 
 
 COMMON = """

@@ -17,6 +17,7 @@ from ..training.errors import load, told_in_a_line
 from ..training.evaluation import measure, probe, probe_sizes, windows
 from ..training.figures import plot_positions, plot_reach
 from ..training.models import keeps_documents_apart
+from ..training.parsing import check_launch
 
 
 def prepare(args: argparse.Namespace):
@@ -42,6 +43,7 @@ def prepare(args: argparse.Namespace):
         rows_are_documents=not args.lines,
         document_boundaries=args.document_boundaries,
     )
+    check_launch()
     accelerator = Accelerator()
     options = {"trust_remote_code": args.trust_remote_code}
     config = load("checkpoint", args.model, AutoConfig.from_pretrained, **options)

@@ -1,6 +1,9 @@
 """Configuration of the multipole models, and the options of attention in a configuration of any model."""
 
 import dataclasses
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import configuration_utils
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .options import MultipoleOptions, TensorOptions, default_of, described, fields_of
@@ -20,6 +24,15 @@ for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     _known = getattr(configuration_utils, _names, ())
     setattr(configuration_utils, _names, _known + tuple(kind for kind in LAYER_TYPES if kind not in _known))
 
+# Every head is entered, not only the one that is saved: a causal checkpoint can be loaded under another one.
+AUTO_MAP = {
+    "AutoConfig": "configuration_multipole.MultipoleConfig",
+    "AutoModel": "modeling_multipole.MultipoleModel",
+    "AutoModelForCausalLM": "modeling_multipole.MultipoleForCausalLM",
+    "AutoModelForMaskedLM": "modeling_multipole.MultipoleForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_multipole.MultipoleForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_multipole.MultipoleForTokenClassification",
+}
 _OWN = {cls: tuple(fields_of("own", cls)) for cls in (MultipoleOptions, TensorOptions)}
 _STOCK = tuple(fields_of("stock"))
 _TENSOR = tuple(fields_of("stock", TensorOptions))
@@ -179,6 +192,11 @@ class MultipoleConfig(PreTrainedConfig, _AttentionFields):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}: "
+                    "change one of them, or give a head_dim"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             # The gated MLP has three matrices: 8 / 3 keeps the parameters of the usual factor 4, in multiples of 32.
@@ -188,6 +206,23 @@ class MultipoleConfig(PreTrainedConfig, _AttentionFields):
         if self.layer_types is None:
             self.layer_types = ["multipole_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Saves the code of the models, too, which is entered in ``auto_map``, so that what is saved loads without this package
+        (``trust_remote_code=True``). A model that is saved saves its configuration.
+        """
+        before = getattr(self, "auto_map", None)
+        self.auto_map = dict(AUTO_MAP)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if before is None:
+                del self.auto_map
+            else:
+                self.auto_map = before
+        code = Path(__file__).with_name("modeling_multipole.py")
+        for file in (code, *get_relative_import_files(code)):
+            shutil.copy(file, save_directory)
 
     @property
     def output_attentions(self):

@@ -148,7 +148,9 @@ def claim(folder: Path, run: dict, resuming: bool) -> None:
     traces = [path.name for pattern in _TRACES for path in sorted(folder.glob(pattern))]
     # A run that ended before its first checkpoint leaves nothing to lose.
     if traces not in ([], [RUN]):
+        newest = next(iter(complete(folder)), None)
+        found = f"up to {newest.name}" if newest else traces[0]
         raise ValueError(
-            f"output_dir {folder} holds another run ({traces[0]}): give another output_dir, or go on with that one by "
+            f"output_dir {folder} holds another run ({found}): give another output_dir, or go on with that one by "
             "--resume_from_checkpoint true"
         )

@@ -1,22 +1,12 @@
-"""Checkpoints for the Hub: the files that run the model travel with the weights, so that nobody needs this package."""
+"""Uploads to the Hub."""
 
-import os
 import time
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import TrainingArguments
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_multipole.MultipoleConfig",
-    "AutoModel": "modeling_multipole.MultipoleModel",
-    "AutoModelForCausalLM": "modeling_multipole.MultipoleForCausalLM",
-    "AutoModelForMaskedLM": "modeling_multipole.MultipoleForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_multipole.MultipoleForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_multipole.MultipoleForTokenClassification",
-}
 # Of the library that huggingface_hub speaks HTTP with: what goes wrong on the way to the server.
 NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
 # Pickles, and what only training needs.
@@ -33,25 +23,6 @@ _STAYS_HERE = [
     "runs/*",
     "events.*",
 ]
-
-
-def save_with_code(model: PreTrainedModel, folder: str | os.PathLike, **options) -> None:
-    """``model.save_pretrained(folder, **options)`` and the code, for ``from_pretrained(folder, trust_remote_code=True)``."""
-    model.save_pretrained(folder, **options)
-    add_code(model, folder)
-
-
-def add_code(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Adds the code to a folder in which a multipole model was saved.
-
-    Every head is entered, not only the one that is saved: a causal checkpoint can be loaded under another one.
-    """
-    model.config.auto_map = dict(AUTO_MAP)
-    try:
-        model.config.save_pretrained(folder)
-    finally:
-        del model.config.auto_map
-    custom_object_save(model, folder)
 
 
 def push(folder: Path, args: TrainingArguments, message: str, retries: int, wait: float = 1.0) -> str:

@@ -94,7 +94,7 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, long
         if sees_later_tokens(model):
             raise ValueError(f"{name} sees later tokens, so that it cannot learn to tell them: use run_mlm.py, or make it a decoder")
     # Code that comes with a checkpoint chooses for itself.
-    if isinstance(tokenizer, ByT5Tokenizer) and not hasattr(model.config, "auto_map"):
+    if isinstance(tokenizer, ByT5Tokenizer) and not type(model).__module__.startswith("transformers_modules."):
         with tempfile.TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

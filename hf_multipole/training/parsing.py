@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -34,6 +35,16 @@ def read_yaml(path: Path, names) -> dict:
     return values
 
 
+def check_launch(use_cpu: bool = False) -> None:
+    """Raises ValueError where a launcher started this process for a GPU, and there is none: the processes would not find each other."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    on_cpu = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if launched and not on_cpu and not getattr(torch, "accelerator", torch.cuda).is_available():
+        raise ValueError(
+            f"this was launched on GPUs, but torch {torch.__version__} finds none: take configs/accelerate/cpu.yaml, or install torch for them"
+        )
+
+
 def parse(argv: list[str] | None = None, kinds: tuple[type, ...] = KINDS, name: str = "run"):
     """``--config FILE.yaml`` and then ``--name value`` for single fields; the command line wins, mappings are merged.
 
@@ -58,6 +69,8 @@ def parse(argv: list[str] | None = None, kinds: tuple[type, ...] = KINDS, name: 
             given[field] = mapping(values.get(field), field, example) | mapping(given[field], field, example)
     if "output_dir" in names and given["output_dir"] is None:
         given["output_dir"] = f"runs/{file.stem if file else name}"
+    if TrainingArguments in kinds:
+        check_launch(given["use_cpu"])
     parsed = parser.parse_dict(given)
     for arguments in parsed:
         if isinstance(arguments, TrainingArguments) and arguments.hub_token:

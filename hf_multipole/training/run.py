@@ -22,7 +22,7 @@ from .cards import command, write_card
 from .data import first_files, hold_out, load_texts, pack, recut, stream
 from .errors import one_line, told_in_a_line
 from .figures import plot_attention, plot_curves, plot_scaling
-from .hub import add_code, push
+from .hub import push
 from .metrics import compression_baselines
 from .models import build_model, build_tokenizer, check_model, keeps_documents_apart
 from .parsing import KINDS, MASKED_KINDS, parse
@@ -38,6 +38,19 @@ def run(program: str, line: list[str], masked: bool) -> None:
     with told_in_a_line(program):
         trainer, given = prepare(line, masked)
     try:
+        _train(program, trainer, given)
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            print(f"\n{program}: {interrupted(trainer)}", file=sys.stderr)
+        sys.exit(130)  # what a shell says of a process that was interrupted
+
+
+def _train(program: str, trainer: LanguageModelTrainer, given: dict) -> None:
+    if trainer.is_world_process_zero():
+        print(beginning(trainer, given["data_args"]))
+        if given["checkpoint"]:
+            print(f"it goes on from {given['checkpoint']}")
+    try:
         trainer.train(resume_from_checkpoint=given["checkpoint"])
     except (CheckpointError, ImportError) as error:
         # It may concern one process alone, whichever; or an optimizer's package is not installed.
@@ -45,7 +58,7 @@ def run(program: str, line: list[str], masked: bool) -> None:
     metrics = trainer.evaluate(given["held_out"], metric_key_prefix="test")
     # Trainer turns it off, for training.
     trainer.accelerator.unwrap_model(trainer.model).config.use_cache = given["use_cache"]
-    trainer.save_model(_internal_call=True)
+    trainer.save_final()
     if trainer.is_world_process_zero():
         print(report(trainer, given, metrics))
         if trainer.args.push_to_hub:
@@ -58,12 +71,43 @@ def run(program: str, line: list[str], masked: bool) -> None:
     trainer.accelerator.end_training()
 
 
+def beginning(trainer: LanguageModelTrainer, data_args: DataArguments) -> str:
+    """What runs, in a line."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    where = f"{torch.get_num_threads()} threads of the CPU" if args.device.type == "cpu" else str(args.device)
+    where = where if args.world_size == 1 else f"{args.world_size} processes, this one on {where}"
+    rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    return (
+        f"{args.output_dir}: {type(model).__name__} of {model.num_parameters():,} parameters on {where}; {length} of {rows} rows of "
+        f"{data_args.context_length:,} tokens, from {described(data_args)}"
+    )
+
+
+def described(data_args: DataArguments) -> str:
+    """The training text, in words."""
+    if data_args.train_folder:
+        return "the source text of Python's standard library" if data_args.train_folder == "stdlib" else data_args.train_folder
+    return " ".join(filter(None, [data_args.dataset_name, data_args.dataset_config_name])) or ", ".join(data_args.train_file)
+
+
+def interrupted(trainer: LanguageModelTrainer) -> str:
+    """How to go on with a run that was interrupted."""
+    last = next(iter(checkpoints.complete(Path(trainer.args.output_dir))), None)
+    how = f"go on from {last} by the same command with --resume_from_checkpoint true"
+    if last is None:
+        how = "it has no checkpoint yet, so that the same command starts it anew"
+    return f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; {how}"
+
+
 def prepare(line: list[str], masked: bool):
     """The trainer, and what the report needs. Everything that can be refused is refused here, before a step is taken or a file
     is written.
     """
     model_args, data_args, run_args, args, *masking = parse(line, MASKED_KINDS if masked else KINDS, "masked" if masked else "causal")
     check(data_args, run_args, args)
+    # Memory is pinned for a GPU; without one torch would warn.
+    args.dataloader_pin_memory &= args.device.type != "cpu"
     folder = Path(args.output_dir)
     parts = [model_args, data_args, *masking]
     identity = {name: value for part in parts for name, value in dataclasses.asdict(part).items()} | {"seed": args.seed, "masked": masked}
@@ -183,8 +227,6 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     multipole = isinstance(model.config, MultipoleConfig)
     runs = model.config._attn_implementation in STATE_IMPLEMENTATIONS
     kinds = set(model.config.layer_types) if multipole else set()
-    if multipole:
-        add_code(model, folder)
     names = ("bits_per_byte", "perplexity", "token_accuracy") if causal else ("loss", "perplexity", "masked_accuracy")
     figures = {name: metrics[f"test_{name}"] for name in names}
     baselines = compression_baselines(given["held_out_texts"]) if causal and given["held_out_texts"] else {}
@@ -216,14 +258,12 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     else:
         print("no plots were drawn: install hf_multipole[plot] for them")
     checkpoints.write_json(folder / "figures.json", record)
-    data = "the source text of Python's standard library" if data_args.train_folder == "stdlib" else data_args.train_folder
-    data = data or " ".join(filter(None, [data_args.dataset_name, data_args.dataset_config_name])) or ", ".join(data_args.train_file)
     card = {
         "title": folder.name,
         "causal": causal,
         "multipole": runs and (not multipole or bool(kinds & set(MULTIPOLE_LAYERS))),
         "code": multipole,
-        "data": data,
+        "data": described(data_args),
         "dataset": data_args.dataset_name if data_args.dataset_name and not Path(data_args.dataset_name).exists() else None,
         "configuration": {"parameters": f"{model.num_parameters():,}", "context length": data_args.context_length}
         | {name: value for name, value in model.config.to_diff_dict().items() if isinstance(value, int | float | str | bool)}
@@ -242,6 +282,8 @@ def report(trainer: LanguageModelTrainer, given: dict, metrics: dict[str, float]
     }
     write_card(folder / "README.md", card)
     if not causal:
-        return f"{folder}: masked accuracy {figures['masked_accuracy']:.3f}, loss {figures['loss']:.3f} on held-out text"
-    others = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
-    return f"{folder}: {figures['bits_per_byte']:.3f} bits per byte on held-out files" + (f" ({others})" if others else "")
+        line = f"masked accuracy {figures['masked_accuracy']:.3f}, loss {figures['loss']:.3f} on held-out text"
+    else:
+        others = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
+        line = f"{figures['bits_per_byte']:.3f} bits per byte on held-out files" + (f" ({others})" if others else "")
+    return f"{folder}: {line}; the card is {folder / 'README.md'}, the figures are {folder / 'figures.json'}"

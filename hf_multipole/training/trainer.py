@@ -2,23 +2,24 @@
 
 import functools
 import shutil
+import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
-from ..modeling.configuration_multipole import MultipoleConfig
 from . import checkpoints
 from .arguments import RunArguments
 from .batches import MaskingCollator, shorten, warm_length
+from .errors import one_line
 from .evaluation import by_position
-from .hub import add_code, push
+from .hub import push
 from .metrics import row_figures, summarise
+from .private import HookedTrainer
 
 
 class CheckpointError(RuntimeError):
@@ -50,9 +51,15 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(tuple(end - start for end, start in zip(self._now(args.device), self.start)))
+        left = state.max_steps - state.global_step
+        # The first steps make room for their memory.
+        if len(self.seconds) == 5 and left >= 50 and state.is_world_process_zero:
+            step = statistics.median(seconds for seconds, _ in self.seconds)
+            minutes = max(1, round(left * step / 60))
+            print(f"a step takes {step:.2g} s: about {minutes} minutes for the {left:,} that are left, and the evaluations")
 
 
-class LanguageModelTrainer(Trainer):
+class LanguageModelTrainer(HookedTrainer):
     """Trainer for packed rows of one length.
 
     ``step_seconds`` are those of the steps that this process took, on the clock and of the processor, ``loss_by_position`` is that of
@@ -84,14 +91,10 @@ class LanguageModelTrainer(Trainer):
 
     # Training
 
-    def _run_epoch(self, *arguments, **options):
+    def is_over(self):
         patience = (callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback))
         spent = any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in patience)
-        if spent or self.state.global_step >= self.state.max_steps:
-            # Interrupted after its last step: Trainer would take one more.
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*arguments, **options)
+        return spent or self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         run = self.run_args
@@ -141,15 +144,14 @@ class LanguageModelTrainer(Trainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+    def write_checkpoint(self, folder, write):
         # Trainer removes old checkpoints before the new one is complete: that waits until it is.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             if self.args.should_save:
                 checkpoints.clear(folder)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
+            write()
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.mark(folder)
@@ -157,29 +159,23 @@ class LanguageModelTrainer(Trainer):
             last = next(iter(checkpoints.complete(folder.parent)), None)
             rest = f"the newest complete one is {last}" if last else "there is no complete one yet"
             free = shutil.disk_usage(folder.parent).free / 1e6
-            raise CheckpointError(f"{folder} could not be written, with {free:.0f} MB free: {_line(error)}; {rest}") from error
+            raise CheckpointError(f"{folder} could not be written, with {free:.0f} MB free: {one_line(error)}; {rest}") from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            # By step: the clock may have been ahead.
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            model = self.accelerator.unwrap_model(self.model)
-            if isinstance(model.config, MultipoleConfig):
-                add_code(model, checkpoint_folder)
+    def push_checkpoint(self, folder):
+        if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             try:
-                push(Path(checkpoint_folder), self.args, f"Training, step {self.state.global_step}", self.run_args.hub_retries)
+                push(folder, self.args, f"Training, step {self.state.global_step}", self.run_args.hub_retries)
             except OSError as error:
                 # Training goes on: the last upload, at the end, is the one that counts.
-                print(f"the checkpoint of step {self.state.global_step} was not uploaded: {_line(error)}")
+                print(f"the checkpoint of step {self.state.global_step} was not uploaded: {one_line(error)}")
 
 
 def _first(logits) -> torch.Tensor:
     """The logits, where a model returns more than them."""
     # Models with experts give the loss of their routers first.
     return next(x for x in logits if isinstance(x, torch.Tensor) and x.dim() == 3) if isinstance(logits, tuple) else logits
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -122,7 +122,7 @@ def test_a_full_disk(texts, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "holds another run (checkpoint-3)"),
+        ([], "holds another run (up to checkpoint-9)"),
         (["--resume_from_checkpoint", "true", "--context_length", "32"], "was begun with context_length 64, not 32"),
         (["--resume_from_checkpoint", "nowhere"], "there is no checkpoint folder nowhere"),
         (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], "there is no run in nowhere"),
