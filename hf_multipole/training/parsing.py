@@ -40,9 +40,7 @@ def check_launch(use_cpu: bool = False) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     on_cpu = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if launched and not on_cpu and not getattr(torch, "accelerator", torch.cuda).is_available():
-        raise ValueError(
-            f"this was launched on GPUs, but torch {torch.__version__} finds none: take configs/accelerate/cpu.yaml, or install torch for them"
-        )
+        raise ValueError(f"this was launched on GPUs, but torch {torch.__version__} finds none: launch with configs/accelerate/cpu.yaml")
 
 
 def parse(argv: list[str] | None = None, kinds: tuple[type, ...] = KINDS, name: str = "run"):

@@ -74,14 +74,18 @@ def _train(program: str, trainer: LanguageModelTrainer, given: dict) -> None:
 def beginning(trainer: LanguageModelTrainer, data_args: DataArguments) -> str:
     """What runs, in a line."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    where = f"{torch.get_num_threads()} threads of the CPU" if args.device.type == "cpu" else str(args.device)
+    where = counted(torch.get_num_threads(), "thread") + " of the CPU" if args.device.type == "cpu" else str(args.device)
     where = where if args.world_size == 1 else f"{args.world_size} processes, this one on {where}"
-    rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    rows = counted(args.train_batch_size * args.world_size * args.gradient_accumulation_steps, "row")
+    length = counted(args.max_steps, "step") if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return (
-        f"{args.output_dir}: {type(model).__name__} of {model.num_parameters():,} parameters on {where}; {length} of {rows} rows of "
+        f"{args.output_dir}: {type(model).__name__} of {model.num_parameters():,} parameters on {where}; {length} of {rows} of "
         f"{data_args.context_length:,} tokens, from {described(data_args)}"
     )
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def described(data_args: DataArguments) -> str:

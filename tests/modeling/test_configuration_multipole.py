@@ -116,6 +116,7 @@ def test_output_attentions_does_not_choose_eager():
         ({"block_size": -8}, "block_size is -8, but must be a positive integer"),
         ({"summary": "median"}, "summary is 'median', but must be one of 'hierarchical', 'direct', 'mean'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"hidden_size": 65, "num_attention_heads": 2}, "num_attention_heads 2 does not divide hidden_size 65"),
         ({"head_dim": 7}, "head_dim is 7, but rotary positions need an even one"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, but must be positive"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0, but must be positive"),

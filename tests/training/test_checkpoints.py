@@ -1,14 +1,17 @@
 """Interrupted runs: killed at any time they go on as if nothing had happened; damaged checkpoints are told, not used."""
 
 import json
+import os
 import random
 import shutil
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hf_multipole.training import checkpoints
+from hf_multipole.training.trainer import LanguageModelTrainer
 from tests.helpers.training_runs import arguments, history, train, train_in_a_process, write_texts
 
 WHOLE = ["--eval_strategy", "steps", "--eval_steps", "4", "--length_warmup_steps", "6", "--length_warmup_start", "16"]
@@ -49,6 +52,60 @@ def test_killed_runs_go_on(texts, tmp_path, kind):
     train(command + more, masked)
     same_run(tmp_path / "whole", tmp_path / "killed")
     assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
+
+
+def test_an_interrupted_run_says_how_to_go_on(texts, tmp_path, monkeypatch, capfd):
+    """One line, before and after the first checkpoint; what goes on names its checkpoint, and no weight is missed that is another's."""
+    command, step, at = arguments(texts, tmp_path / "run"), LanguageModelTrainer.training_step, 1
+
+    def training_step(self, *given, **options):
+        if self.state.global_step == at:
+            raise KeyboardInterrupt
+        return step(self, *given, **options)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", training_step)
+    for at, line in ((1, "it has no checkpoint yet, so that the same command starts it anew"), (10, "go on from {} by the same command")):
+        with pytest.raises(SystemExit) as caught:
+            train(command)
+        newest = tmp_path / "run" / "checkpoint-9"
+        last = capfd.readouterr().err.strip().splitlines()[-1]
+        assert caught.value.code == 130
+        assert last.startswith(f"run_clm.py: interrupted at step {at} of 12; {line.format(newest)}")
+    assert "--resume_from_checkpoint true" in last
+    at, warned = None, []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *more: warned.append(text))
+    train([*command, "--resume_from_checkpoint", "true"])
+    assert capfd.readouterr().out.count(f"it goes on from {newest}") == 1
+    assert not [text for text in warned if "missing keys" in text]
+
+
+def test_missing_weights_are_told(texts, tmp_path, monkeypatch):
+    """Those that are no other's."""
+    command, warned = arguments(texts, tmp_path / "run", "--max_steps", "3"), []
+    train(command)
+    load = torch.nn.Module.load_state_dict
+
+    def forget(self, state, *more, **options):
+        return load(self, {name: x for name, x in state.items() if "norm" not in name}, *more, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", forget)
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *more: warned.append(text))
+    train([*command, "--resume_from_checkpoint", "true"])
+    (line,) = [text for text in warned if "missing keys" in text]
+    assert "norm" in line and "lm_head" not in line
+
+
+def test_the_oldest_checkpoint_is_the_one_with_the_fewest_steps(texts, tmp_path, monkeypatch):
+    """Whatever the clock said."""
+    mark = checkpoints.mark
+
+    def mark_late(folder):
+        mark(folder)
+        os.utime(folder, (4e9, 4e9 - 1e6 * int(folder.name[11:])))
+
+    monkeypatch.setattr(checkpoints, "mark", mark_late)
+    train(arguments(texts, tmp_path / "run", "--save_total_limit", "2"))
+    assert [path.name for path in checkpoints.complete(tmp_path / "run")] == ["checkpoint-12", "checkpoint-9"]
 
 
 @pytest.fixture(scope="module")

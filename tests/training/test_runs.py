@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -236,6 +237,18 @@ def test_a_run_without_a_checkpoint_leaves_its_folder(texts, tmp_path):
         (tmp_path / "run" / "run.json").write_text(damaged)
         with pytest.raises(SystemExit, match="run.json cannot be read"):
             train(arguments(texts, tmp_path / "run", *STEPS, "--resume_from_checkpoint", "true"))
+
+
+def test_what_a_run_says(texts, tmp_path, capsys):
+    """What runs, for how long, and where its results are; memory is not pinned where there is no GPU, which torch would warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pin_memory.*")
+        train(arguments(texts, tmp_path / "run", "--max_steps", "60", "--save_strategy", "no", "--dataloader_pin_memory", "true"))
+    first, *rest = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("{")]
+    assert first.startswith(f"{tmp_path / 'run'}: MultipoleForCausalLM of ") and first.endswith(f"of 64 tokens, from {texts}")
+    assert " parameters on 1 thread of the CPU; 60 steps of 2 rows of " in first
+    assert "minutes for the 55 that are left" in rest[0]
+    assert f"the card is {tmp_path / 'run' / 'README.md'}, the figures are {tmp_path / 'run' / 'figures.json'}" in rest[-1]
 
 
 def test_another_run_is_not_written_over(texts, tmp_path):

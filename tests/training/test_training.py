@@ -1,5 +1,6 @@
 """Arguments, data and batches of the training scripts, and what they refuse."""
 
+import inspect
 import itertools
 import json
 
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_multipole import MultipoleForMaskedLM
+from hf_multipole.training import private
 from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments
 from hf_multipole.training.batches import MaskingCollator, collate, shorten, warm_length
 from hf_multipole.training.data import blocks, hold_out, load_texts, pack, recut, stream
 from hf_multipole.training.models import keeps_documents_apart
-from hf_multipole.training.parsing import parse
+from hf_multipole.training.parsing import check_launch, parse
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny_models import build
 
 KINDS = (ModelArguments, DataArguments, RunArguments, TrainingArguments, MaskingArguments)
@@ -70,6 +73,50 @@ def test_refused_arguments(tmp_path, file, command, message):
     with pytest.raises(ValueError) as caught:
         parse(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"), *command], KINDS)
     assert message in str(caught.value)
+
+
+def test_values_of_the_file_are_read_as_those_of_the_command_line(tmp_path):
+    """Text where a number is meant, one value where several may be, and what YAML has of its own; defaults stay."""
+    values = {"train_file": "a", "eval_context_lengths": "64", "max_grad_norm": "1e-2", "bf16": "no", "save_total_limit": "3"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    _, data, _, training = parse(["--config", str(tmp_path / "run.yaml"), "--use_cpu"])
+    assert data.eval_context_lengths == [64] and data.context_length == 4096
+    assert training.max_grad_norm == 0.01 and not training.bf16 and training.save_total_limit == 3 and training.use_cpu
+
+
+def test_results_go_to_a_folder_that_git_ignores(tmp_path):
+    """Where nothing else was said: runs/, and the name of the configuration or of the command."""
+    (tmp_path / "small.yaml").write_text("train_file: a\n")
+    assert parse(["--config", str(tmp_path / "small.yaml"), "--use_cpu"])[3].output_dir == "runs/small"
+    assert parse(["--train_file", "a", "--use_cpu"], name="causal")[3].output_dir == "runs/causal"
+    assert "runs/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("launch", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "ACCELERATE_USE_FSDP": "true"}])
+def test_a_launch_for_gpus_without_one(launch, monkeypatch):
+    """The reason, before anything else; the CPU may be asked for."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="launched on GPUs, but torch .* finds none"):
+        check_launch()
+    with pytest.raises(ValueError, match="launched on GPUs"):
+        parse(["--train_file", "a"])
+    check_launch(use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    check_launch()
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    check_launch()
+
+
+def test_what_is_used_of_the_inside_of_trainer():
+    """It has the arguments that it had when it was checked."""
+    for name, parameters in private.CHECKED.items():
+        found = list(inspect.signature(getattr(Trainer, name)).parameters)
+        assert parameters is None or found == parameters, (name, found)
+    overridden = {name for name, x in vars(private.HookedTrainer).items() if inspect.isfunction(x) and hasattr(Trainer, name)}
+    assert overridden <= set(private.CHECKED)
 
 
 def test_a_token_is_not_among_the_arguments_that_trainer_writes(tmp_path, monkeypatch):
