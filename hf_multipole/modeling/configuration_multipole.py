@@ -211,7 +211,12 @@ class MultipoleConfig(PreTrainedConfig, _AttentionFields):
         """Saves the code of the models, too, which is entered in ``auto_map``, so that what is saved loads without this package
         (``trust_remote_code=True``). A model that is saved saves its configuration.
         """
-        before = getattr(self, "auto_map", None)
+        code = Path(__file__).with_name("modeling_multipole.py")
+        if not code.is_file():
+            # Loaded with its code, which Transformers keeps apart for each class, and saves.
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        before = self.__dict__.get("auto_map")
         self.auto_map = dict(AUTO_MAP)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -220,7 +225,6 @@ class MultipoleConfig(PreTrainedConfig, _AttentionFields):
                 del self.auto_map
             else:
                 self.auto_map = before
-        code = Path(__file__).with_name("modeling_multipole.py")
         for file in (code, *get_relative_import_files(code)):
             shutil.copy(file, save_directory)
 
