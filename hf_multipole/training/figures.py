@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 # The first whose pattern is found in a method's name, in lower case; the tables, reports and command lines call methods by these names.
 COLOURS = {
     r"alibi": "#b8860b",
-    r"tensor.*polynomial|polynomial": "#c44e9b",
+    r"tensor.*window": "#e6ab02",
+    r"tensor polynomial.*path": "#9e7cc1",
+    r"polynomial": "#c44e9b",
     r"tensor": "#6a3d9a",
     r"mean": "#7fb2e5",
-    r"direct": "#0b3c6f",
-    r"near|sliding|window": "#ff7f0e",
+    r"direct\b": "#0b3c6f",
+    r"\bnear|sliding|window": "#ff7f0e",
     r"local": "#8c564b",
     r"h-transformer": "#d62728",
     r"nystr": "#e377c2",
@@ -118,7 +120,7 @@ def label_ends(axes, size: float = 9) -> None:
     gap = 1.3 * size / 72 * axes.figure.dpi / axes.get_window_extent().height
     for i, place in zip(order, spread_apart([height[i] for i in order], gap)):
         line, colour = lines[i], lines[i].get_color()
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 2}
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 2}
         at = {"xytext": (1.03, place), "textcoords": "axes fraction", "annotation_clip": False, "va": "center", "fontsize": size}
         axes.annotate(line.get_label(), (line.get_xdata()[-1], line.get_ydata()[-1]), **at, color=colour, arrowprops=leader)
 

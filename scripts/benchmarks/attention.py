@@ -23,18 +23,16 @@ window of --block-size, which is the near field; h-transformer-1d means of group
 nystrom-attention 64 landmarks, bidirectional. (ALiBi is exact attention with a bias.)
 On CUDA devices the multipole methods run the GPU kernels, "multipole-pytorch" is the hierarchical one without them, and "flex-window"
 is PyTorch's compiled flex_attention to the last two blocks' width of tokens; the default is bfloat16, so that sdpa is flash attention.
-What would take more than --max-seconds-per-method is left out; exact attention is then scaled by n^2 and batch, marked ~.
+A method has --max-seconds-per-method at each shape, and one call of each pass at least where they fit in. Where they would not it is
+left out; exact attention is then scaled by n^2 and batch, and every cell that rests on that is marked ~.
+Leaves benchmark.json, .md and .png in --output: the first belongs beside a report of the others.
 """
 
 import argparse
 import importlib
-import math
 import multiprocessing
-import os
-import platform
-import shlex
+import statistics
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,10 +43,12 @@ from tqdm.auto import tqdm
 from hf_multipole.modeling.multipole_attention import multipole_attention
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 from hf_multipole.reference import multipole_attention_reference
-from hf_multipole.training.checkpoints import write_json
+from hf_multipole.training.figures import colours, figure, label_ends
 from scripts.benchmarks import cost_model
 from scripts.benchmarks.cost_model import Layer
 from scripts.common import peers
+from scripts.common.measuring import machine, spread_of, timed, yardsticks
+from scripts.common.reports import command, table, write_beside
 
 METHODS = {  # kind in cost_model.py, and whether causal
     "sdpa": ("full", True),
@@ -151,22 +151,6 @@ def verify(o, method):
     return torch.stack([(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(got, wanted)]).max().item()
 
 
-def timed(device, work, *arguments):
-    """Wall and processor seconds of one call; on CUDA the device's time, by events."""
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-    wall, cpu = time.perf_counter(), time.process_time()
-    work(*arguments)
-    if cuda:
-        stop.record()
-        torch.cuda.synchronize(device)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return start.elapsed_time(stop) / 1e3 if cuda else wall, cpu
-
-
 def peak_memory(o, method, layer):
     """Extra bytes of one forward and backward in this process, which on the CPU must be a fresh one."""
     cuda = torch.device(o.device).type == "cuda"
@@ -213,14 +197,6 @@ def memory_in_new_process(o, method, layer):
     tqdm.write(f"{method}, {layer.batch} x {layer.n}: no memory figure: {found}")
 
 
-def yardsticks(device, dtype):
-    """A large matrix product and a copy, as functions; the operations of the one, the bytes of the other."""
-    size = 1024 if torch.device(device).type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    source, target = torch.zeros(2, 2**26, device=device, dtype=torch.uint8)  # more than caches hold
-    return lambda: torch.mm(matrix, matrix), lambda: target.copy_(source), 2 * size**3, 2 * source.nbytes
-
-
 def growth(kind, layer, earlier):
     """Of the time, from an earlier result on."""
     return (layer.n / earlier["n"]) ** (2 if kind == "full" else 1) * layer.batch / earlier["batch"]
@@ -235,7 +211,7 @@ def measure(o, layer, earlier, bar):
         result = results[method] = {"method": method, "n": layer.n, "batch": layer.batch, "note": ""}
         before = [r for r in earlier if r["method"] == method and "samples" in r][-1:]
         guess = {name: r[name]["median"] * growth(METHODS[method][0], layer, r) for r in before for name in PASSES}
-        if 2 * sum(guess.values()) > o.max_seconds_per_method:  # the first call and one round
+        if sum(guess.values()) > o.max_seconds_per_method:
             result["note"] = "left out, too slow"
             if METHODS[method][0] == "full":
                 note = f"scaled by n^2 and batch from {before[0]['batch']} x {before[0]['n']:,}"
@@ -243,13 +219,15 @@ def measure(o, layer, earlier, bar):
             continue
         try:
             calls[method] = build(o, method, inputs)
-            spent = sum(timed(o.device, run, *calls[method], upstream, name == "both")[0] for name in PASSES)
+            first = {name: timed(o.device, run, *calls[method], upstream, name == "both") for name in PASSES}
         except (RuntimeError, MemoryError, AssertionError, ValueError) as error:
             calls.pop(method, None)
             result["note"] = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
             continue
-        rounds[method] = max(1, min(o.repeats, int(o.max_seconds_per_method / spent) - 1))
-        result["samples"] = {name: [] for name in PASSES}
+        rounds[method] = min(o.repeats, int(o.max_seconds_per_method / sum(wall for wall, _ in first.values())) - 1)
+        result["samples"] = {name: [] if rounds[method] > 0 else [sample] for name, sample in first.items()}
+        if rounds[method] < 1:
+            result["note"] = "the first call alone, which may be slower than later ones"
     bar.update(1)
 
     multiply, copy, flops, moved = yardsticks(o.device, o.torch_dtype)
@@ -261,18 +239,16 @@ def measure(o, layer, earlier, bar):
             for name, samples in results[method]["samples"].items():
                 samples.append(timed(o.device, run, *calls[method], upstream, name == "both"))
         bar.update(1)
-    rate, copied = (amount / sorted(times)[len(times) // 2] for amount, times in ((flops, gemm), (moved, copies)))
+    rate, copied = flops / statistics.median(gemm), moved / statistics.median(copies)
     for method, result in results.items():
         kind, causal = METHODS[method]
         for name, samples in result.get("samples", {}).items():
-            wall, cpu = torch.tensor(samples, dtype=torch.float64).unbind(1)
-            seconds = cpu if o.clock == "processor" else wall
-            low, median, high = seconds.quantile(wall.new_tensor([0.25, 0.5, 0.75])).tolist()
-            result[name] = {"median": median, "spread": (high - low) / 2, "cpu": (cpu.sum() / wall.sum()).item()}
+            result[name] = spread_of(samples, o.clock)
         for name, cost in PASSES.items():
             exact = results.get(EXACT[causal], {})
             if name in result and name in exact:
                 result[name]["speedup"] = exact[name]["median"] / result[name]["median"]
+                result[name]["of_measured"] = "samples" in exact and "samples" in result
             if kind:
                 least = cost(kind, layer, causal)
                 result |= {"least_memory": least.memory}  # of both passes, the last
@@ -281,29 +257,29 @@ def measure(o, layer, earlier, bar):
     return rate, copied
 
 
-def table(o, results, rates):
-    """The results in Markdown."""
-    each = "x sdpa | x floor | x bytes"
+def markdown(o, results, rates):
+    """The results; what follows from a time that was not run has a ~ in its cell."""
+    each = ["x sdpa", "x floor", "x bytes"]
     clock = "processor ms" if o.clock == "processor" else "ms"
-    heads = f"n | batch | method | forward, {clock} | {each} | forward + backward, {clock} | {each} | µs a token | CPU"
-    lines = [f"| {heads} | extra memory, MB | x least |", "|---:|---:|---|" + "---:|" * 12]
+    head = ["n", "batch", "method", f"forward, {clock}", *each, f"forward + backward, {clock}", *each, "µs a token", "CPU"]
+    rows = []
     for r in results:
-        cells = [f"{r['n']:,}", f"{r['batch']}", r["method"]]
+        cells, guess = [f"{r['n']:,}", f"{r['batch']}", r["method"]], "" if "samples" in r else "~"
         for name in PASSES:
             x, floors = r.get(name, {}), r.get(f"{name}_floors", {})
-            text = f"{'' if 'spread' in x else '~'}{x['median'] * 1e3:,.1f}" if x else "-"
-            text += f" ±{x['spread'] / x['median']:.0%}" if "spread" in x else ""
-            over = [f"{x['median'] / floors[floor]:.3g}" if x and floor in floors else "" for floor in ("operations", "bytes")]
-            cells += [text, f"{x['speedup']:.3g}" if "speedup" in x else "", *over]
-        cells.append(f"{a_token(r, 'both')[0]:.2f}" if "both" in r else "")
+            text = f"{guess}{x['median'] * 1e3:,.1f}" if x else "-"
+            text += f" ±{x['spread'] / x['median']:.0%}" if len(r.get("samples", {}).get(name, ())) > 1 else ""
+            over = [f"{guess}{x['median'] / floors[floor]:.3g}" if x and floor in floors else "" for floor in ("operations", "bytes")]
+            cells += [text, f"{'' if x['of_measured'] else '~'}{x['speedup']:.3g}" if "speedup" in x else "", *over]
+        cells.append(f"{guess}{a_token(r, 'both')[0]:.2f}" if "both" in r else "")
         cells.append(f"{r['both']['cpu']:.2f}" if "samples" in r else "")
         cells.append(f"{r['memory'] / 1e6:,.0f}" if r.get("memory") is not None else "")
         cells.append(f"{r['memory'] / r['least_memory']:.2f}" if r.get("memory") and "least_memory" in r else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     notes = [f"- {r['method']} at {r['batch']} x {r['n']:,}: {r['note']}" for r in results if r["note"]]
     at = [f"{x['gemm'] / 1e9:,.0f} Gflop/s and {x['copy'] / 1e9:,.1f} GB/s at {x['batch']} x {x['n']:,}" for x in rates]
     notes.append(f"- matrix product and copy: {', '.join(at)}")
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([table([*head, "extra memory, MB", "x least"], rows, 3), "", *notes])
 
 
 def a_token(r, what):
@@ -317,53 +293,37 @@ def a_token(r, what):
 
 def draw(o, results, path):
     """Time and memory of a token against length, or against batch size where there is one length, and their floors beside them."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(19, 5.6))
     x_of = "n" if len({r["n"] for r in results}) > 1 else "batch"
-    ticks = sorted({r[x_of] for r in results})
-    colors = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
     panels = {"forward": "forward, µs a token", "both": "forward + backward, µs a token", "memory": "extra memory, KB a token"}
     panels = {what: title for what, title in panels.items() if any(a_token(r, what)[0] is not None for r in results)}
-    for axes, (what, title) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        ends = []
-        for color, method in zip(colors, o.methods):
-            points = [(r[x_of], *a_token(r, what), "samples" in r) for r in results if r["method"] == method]
-            points = [point for point in points if point[1] is not None]
-            if points:
-                x, y, floors, measured = zip(*points)
-                style = {"color": color, "linewidth": 2.4 if method == "multipole-hierarchical" else 1.4, "markersize": 4}
-                axes.plot(x, y, "o:", mfc="white", **style)
-                some = sum(measured)  # what is scaled comes last
-                axes.plot(x[:some], y[:some], "o-" if METHODS[method][1] else "s-", **style)
-                if floors[0] is not None:
-                    axes.plot(x, floors, "--", color=color, linewidth=0.9, alpha=0.8)
-                ends.append((y[-1], x[-1], method + ("" if measured[-1] else " (scaled)"), color))
-        axes.set(xscale="log", yscale="log", xlabel={"n": "tokens of a row", "batch": "rows"}[x_of], title=title)
-        axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        # A label beside the end of each line, pushed up where it would cover the one below.
-        (low, high), place = map(math.log, axes.get_ylim()), -math.inf
-        for y, x, label, color in sorted(ends):
-            place = max((math.log(y) - low) / (high - low), place + 0.045)
-            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
-            axes.annotate(label, (x, y), (1.04, place), "data", "axes fraction", leader, False, color=color, va="center", fontsize=9)
-    rows = f"{o.tokens:,} tokens in all" if o.tokens else f"{ticks[0]} to {ticks[-1]} rows of {results[0]['n']:,} tokens"
+    found = sorted({r[x_of] for r in results})
+    rows = f"{o.tokens:,} tokens in all" if o.tokens else f"{found[0]} to {found[-1]} rows of {results[0]['n']:,} tokens"
     rows = f"batch {results[0]['batch']}" if x_of == "n" and not o.tokens else rows
     sizes = f"{o.heads} heads of {o.head_dim}, block size {o.block_size}, rank {o.rank}, {o.dtype}, {o.device}, {o.threads} threads"
-    picture.suptitle(f"{rows}; {sizes}; dashed: the cost model's floors at the measured rates")
-    picture.tight_layout()
-    picture.savefig(path, dpi=110)
+    title = f"Attention of one layer: {rows}; {sizes}\nsolid: measured; dotted: extrapolated; dashed: least possible at the measured rates"
+    with figure(path, len(panels), 1, (6.3 * len(panels), 5.6), title) as (_, (plots,)):
+        for axes, (what, panel) in zip(plots, panels.items()):
+            for method, colour in colours(o.methods).items():
+                points = [(r[x_of], *a_token(r, what), "samples" in r) for r in results if r["method"] == method]
+                points = [point for point in points if point[1] is not None]
+                if points:
+                    x, y, floors, measured = zip(*points)
+                    style = {"color": colour, "linewidth": 2.4 if method == "multipole-hierarchical" else 1.4, "markersize": 4}
+                    axes.plot(x, y, "o:", mfc="white", **style, label=("" if measured[-1] else "~") + method)
+                    some = sum(measured)  # what is extrapolated comes last
+                    axes.plot(x[:some], y[:some], "o-" if METHODS[method][1] else "s-", **style)
+                    if floors[0] is not None:
+                        axes.plot(x, floors, "--", color=colour, linewidth=0.9, alpha=0.8)
+            axes.set(yscale="log", xlabel={"n": "tokens of a row", "batch": "rows"}[x_of], title=panel)
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.25)
+            label_ends(axes)
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description="Times attention methods side by side.", allow_abbrev=False)
     sizes = {"heads": 8, "head-dim": 64, "block-size": 64, "rank": 4, "repeats": 7, "threads": torch.get_num_threads()}
-    for name, default in (sizes | {"max-seconds-per-method": 60.0}).items():
+    for name, default in (sizes | {"max-seconds-per-method": 120.0}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows; each with each length; default: 1")
@@ -406,22 +366,15 @@ def parse(arguments):
     return o
 
 
-def machine(o):
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")] or [platform.processor()]
-    gpu = torch.cuda.get_device_name(o.device) if torch.device(o.device).type == "cuda" else None
-    versions = {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-    return {"processor": names[0], "cores": os.cpu_count(), "gpu": gpu, "load": os.getloadavg()} | versions
-
-
 def write(o, results, rates):
     """All that there is so far."""
-    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, float, str, list))}
-    record = {"command": command, "machine": machine(o), "options": options, "rates": rates, "results": results}
-    write_json(o.output / "benchmark.json", record)
-    (o.output / "benchmark.md").write_text(f"    {command}\n\n{table(o, results, rates)}\n")
+    options = {name: x for name, x in vars(o).items() if isinstance(x, (int, float, str, list))}
+    record = {"command": command(), "machine": machine(), "options": options, "rates": rates, "results": results}
+    path = o.output / "benchmark.md"
+    write_beside(path, record)
+    path.write_text(f"    {command()}\n\n{markdown(o, results, rates)}\n")
     if find_spec("matplotlib"):
-        draw(o, results, o.output / "benchmark.png")
+        draw(o, results, path.with_suffix(".png"))
 
 
 def main(arguments):
@@ -450,7 +403,7 @@ def main(arguments):
             result["memory"] = measured(o, result["method"], layer) if "samples" in result else None
             bar.update(1)
     write(o, results, rates)
-    print(table(o, results, rates))
+    print(markdown(o, results, rates))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,21 @@
 
 Operations, bytes and memory are those of cost_model.py. A device is taken to reach a share of its rates, --share-full for exact
 attention and --share-multipole for multipole attention: assumptions, like the rates of devices and links. With --measured, a record of
-benchmark.py, the same lengths are also worked out for the processor it ran on, at its measured rates and the shares that were reached.
+attention.py, the same lengths are also worked out for the processor it ran on, at its measured rates and the shares that were reached.
 Rows are cut into as many consecutive parts as there are devices. Exact attention is ring attention, taken to be balanced and its messages
 hidden behind the products: the longer of the two counts. Multipole attention waits for all its messages: the sum counts.
 """
 
 import argparse
 import json
-import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from hf_multipole.training.figures import colours, figure, label_ends
 from scripts.benchmarks import cost_model
 from scripts.benchmarks.cost_model import Layer
+from scripts.common.reports import command, table
 
 KINDS = {"full": "exact", "multipole": "multipole", "multipole_linear": "O(n) form"}
 MEASURED = {"full": "sdpa", "multipole": "multipole-hierarchical", "multipole_linear": "multipole-linear"}
@@ -58,11 +59,6 @@ def size(count: float) -> str:
     return shown(count, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "KB": 1e3}) if count else "0"
 
 
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---:"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def held(o, memory: float) -> str:
     return size(memory) + ("" if memory <= o.memory * 1e9 else ", does not fit")
 
@@ -74,7 +70,7 @@ def one_device(o, layers: list[Layer]) -> str:
         times = [duration(x["seconds"]) for one in found for x in one]
         rows.append([f"{layer.n:,}", *times, *(held(o, x["memory"]) for x in found[1][:2])])
     heads = [f"{name}, {label}" for name in ("forward", "forward + backward") for label in KINDS.values()]
-    return markdown(["n", *heads, "memory, exact", "memory, multipole"], rows)
+    return table(["n", *heads, "memory, exact", "memory, multipole"], rows)
 
 
 def many_devices(o, layers: list[Layer]) -> str:
@@ -88,7 +84,7 @@ def many_devices(o, layers: list[Layer]) -> str:
             rows[-1] += [f"{full['seconds'] / own[0]['seconds']:,.0f}", *received, duration(own[0]["travel"])]
             rows[-1] += [held(o, x["memory"]) for x in (full, *own)]
     heads = [*KINDS.values(), "exact over multipole", *(f"received, {label}" for label in KINDS.values()), "messages, multipole"]
-    return markdown(["n", "GPUs", *heads, *(f"memory of a GPU, {label}" for label in KINDS.values())], rows)
+    return table(["n", "GPUs", *heads, *(f"memory of a GPU, {label}" for label in KINDS.values())], rows)
 
 
 def generation(o, layers: list[Layer]) -> str:
@@ -99,7 +95,7 @@ def generation(o, layers: list[Layer]) -> str:
         times = [duration(cost.bytes / (o.bandwidth * 1e9) / share) for cost, share in zip(costs, shares)]
         rows.append([f"{layer.n:,}", *(size(cost.memory) for cost in costs), *times])
     heads = [f"{what}, {label}" for what in ("state", "reading it") for label in KINDS.values()]
-    return markdown(["tokens behind", *heads], rows)
+    return table(["tokens behind", *heads], rows)
 
 
 def reached(record: dict) -> dict:
@@ -128,7 +124,7 @@ def on_processor(o, record: dict) -> str:
                 cells.append(duration(x["over"][name] * max(least.flops / rates["gemm"], least.bytes / rates["copy"])))
         rows.append([f"{n:,}", *cells, size(cost_model.both("multipole", layer).memory)])
     heads = [f"{name}, {label}" for name in ("forward", "forward + backward") for label in KINDS.values()]
-    table = markdown(["n", *heads, "extra memory, multipole"], rows)
+    times = table(["n", *heads, "extra memory, multipole"], rows)
     over = ", ".join(f"{KINDS[kind]} {x['over']['forward']:.2f} and {x['over']['both']:.2f} (at {x['n']:,})" for kind, x in shares.items())
     rates = shares["multipole"]["rates"]
     clock = "processor seconds" if options["clock"] == "processor" else "wall time"
@@ -143,7 +139,7 @@ product, {rates["copy"] / 1e9:,.1f} GB/s of a copy, and how many times its floor
 {record["command"]}
 ```
 
-{table}
+{times}
 """
 
 
@@ -161,7 +157,7 @@ A plan on paper. One layer's attention, without projections: {first.heads} heads
 bfloat16, one row, block size {first.block_size}, rank {first.rank}, causal, hierarchical summaries.
 
 ```bash
-{o.command}
+{command()}
 ```
 
 - **Derived**: operations, bytes, memory, states and messages, by `scripts/benchmarks/cost_model.py` from the definitions. Tests
@@ -209,28 +205,24 @@ The state of one layer and row, and the time to read it once, which a step takes
 
 
 def draw(o, layers: list[Layer], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(12, 4.8), layout="constrained")
-    left, right = picture.subplots(1, 2)
     lengths = [layer.n for layer in layers]
-    for i, (kind, label) in enumerate(KINDS.items()):
-        for devices, style in zip((o.devices[0], o.devices[-1]), ("o-", "o--")):
-            times = [on_devices(o, kind, layer, devices, "both")["seconds"] for layer in layers]
-            left.plot(lengths, times, style, color=f"C{i}", markersize=4, label=f"{label}, {devices} GPU{'s' * (devices > 1)}")
-        received = [cost_model.exchange(kind, layer, o.devices[-1], True)[0] / 1e6 for layer in layers]
-        if o.devices[-1] > 1:
-            right.plot(lengths, received, "o-", color=f"C{i}", markersize=4, label=label)
-    left.set(title="forward + backward of one layer, seconds (on paper)")
-    right.set(title=f"received by each of {o.devices[-1]} GPUs, MB (on paper)")
-    for axes in (left, right):
-        axes.set(xscale="log", yscale="log", xlabel="tokens")
-        axes.set_xticks(lengths, [f"{n / 2**20:g}M" for n in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    picture.savefig(path, dpi=120)
+    with figure(path, 2, 1, (12, 4.8), "On paper, by counts of operations and bytes: nothing here was measured") as (_, ((left, right),)):
+        for kind, colour in zip(KINDS, colours(KINDS.values()).values()):
+            label = KINDS[kind]
+            for devices, style in zip((o.devices[0], o.devices[-1]), ("o-", "o--")):
+                times = [on_devices(o, kind, layer, devices, "both")["seconds"] for layer in layers]
+                left.plot(lengths, times, style, color=colour, markersize=4, label=f"{label}, {devices} GPU{'s' * (devices > 1)}")
+            received = [cost_model.exchange(kind, layer, o.devices[-1], True)[0] / 1e6 for layer in layers]
+            if o.devices[-1] > 1:
+                right.plot(lengths, received, "o-", color=colour, markersize=4, label=label)
+        left.set(title="forward + backward of one layer, seconds")
+        right.set(title=f"received by each of {o.devices[-1]} GPUs, MB")
+        for axes in (left, right):
+            axes.set(xscale="log", yscale="log", xlabel="tokens")
+            axes.set_xticks(lengths, [f"{n / 2**20:g}M" for n in lengths])
+            axes.grid(alpha=0.25)
+            if axes.lines:
+                label_ends(axes)
 
 
 def parse(arguments):
@@ -252,7 +244,7 @@ def parse(arguments):
         parser.add_argument(f"--{name}", type=float, default=default, help=f"{what}; default: {default:g}")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**20, 2**22, 2**24, 100 * 2**20])
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--measured", type=Path, help="benchmark.json of scripts/benchmarks/attention.py")
+    parser.add_argument("--measured", type=Path, help="the JSON file of scripts/benchmarks/attention.py")
     parser.add_argument("--report", type=Path, default=Path("runs/cost/cost.md"), help="Markdown file, its picture under images/ beside it")
     o = parser.parse_args(arguments)
     o.lengths, o.devices = sorted(set(o.lengths)), sorted(set(o.devices))
@@ -270,7 +262,6 @@ def parse(arguments):
         faults.append(f"--measured {o.measured} does not exist; scripts/benchmarks/attention.py writes it")
     if faults:
         sys.exit("\n".join(faults))
-    o.command = shlex.join(["python", "-m", "scripts.benchmarks.cost_plan", *arguments])
     return o
 
 

@@ -17,7 +17,7 @@ and all keys; time of every 1,000 tokens, resident memory at their end. Prompts:
 
 import argparse
 import json
-import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -37,10 +37,12 @@ from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.shared_query_state import LinearState
 from hf_multipole.modeling.state_slots import Layout
 from hf_multipole.modeling.summaries import HierarchicalSummary
+from hf_multipole.training.figures import colours, figure, label_ends
 from scripts.benchmarks import cost_model
-from scripts.benchmarks.attention import machine, yardsticks
 from scripts.benchmarks.cost_model import Layer
 from scripts.common import peers
+from scripts.common.measuring import machine, yardsticks
+from scripts.common.reports import command, table, write_beside
 
 WINDOW = 1000
 KINDS = {"multipole": "multipole", "multipole_linear": "O(n) form", "local": "local", "linear": "linear", "full": "full cache"}
@@ -48,10 +50,6 @@ KINDS = {"multipole": "multipole", "multipole_linear": "O(n) form", "local": "lo
 
 def now(o) -> float:
     return time.process_time() if o.clock == "processor" else time.perf_counter()
-
-
-def median(values) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def resident() -> int:
@@ -111,7 +109,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
             for _ in range(counts[name]):
                 call()
             samples[name].append((now(o) - start) / counts[name])
-    seconds = {name: median(x) for name, x in samples.items()}
+    seconds = {name: statistics.median(x) for name, x in samples.items()}
     held = {kind: list(state.tensors().values()) for kind, state in states.items()}
     held |= {"local": ring, "linear": [sums], "full": [keys, values]}
     layer = Layer(context, batch, o.heads, o.heads, o.head_dim, block_size=o.block_size, rank=o.rank)
@@ -182,65 +180,65 @@ def read(o, length: int, bar) -> dict:
     return {"prompt": length, "seconds": now(o) - start, "extra_bytes": most - before, "state_bytes": cache.nbytes}
 
 
-def table(record) -> str:
-    def rows(*heads):
-        lines.extend(["", f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)])
-        return lambda *cells: lines.append(f"| {' | '.join(cells)} |")
-
-    lines = []
-    add = rows("context", "rows", *(f"{name}, ms a step | x floor" for name in KINDS.values()))
-    lines[-1] = "|" + "---:|" * (2 + 2 * len(KINDS))
-    for r in record["steps"]:
-        times = (f"{r[kind]['seconds'] * 1e3:.3f} | {r[kind]['seconds'] / r[kind]['floor']:.3g}" for kind in KINDS)
-        add(f"{r['context']:,}", f"{r['batch']}", *times)
-    add = rows("context", "rows", *(f"{name}, MB" for name in KINDS.values()), "multipole without room to go back")
-    for r in record["steps"]:
-        held = [*(r[kind]["bytes"] for kind in KINDS), r["multipole"]["bytes_without_room_to_go_back"]]
-        add(f"{r['context']:,}", f"{r['batch']}", *(f"{x / 1e6:,.2f}" for x in held))
-    add = rows("tokens written", "state, s per 1,000", "full cache, s per 1,000", "resident, MB", "full cache, resident, MB")
-    runs = record["writing"].values()
-    for i, spans in enumerate(zip(*(run["seconds_per_1000"] for run in runs))):
-        memory = (run["resident_bytes"][i + 1] / 1e6 for run in runs)
-        add(f"{(i + 1) * WINDOW:,}", *(f"{x:.2f}" for x in spans), *(f"{x:,.0f}" for x in memory))
-    add = rows("prompt", "seconds", "tokens a second", "extra memory, MB", "state, MB")
-    for r in record["prompts"]:
-        speed, sizes = r["prompt"] / r["seconds"], (r["extra_bytes"] / 1e6, r["state_bytes"] / 1e6)
-        add(f"{r['prompt']:,}", f"{r['seconds']:.1f}", f"{speed:,.0f}", f"{sizes[0]:,.0f}", f"{sizes[1]:.2f}")
-    return "\n".join(lines[1:])
+def markdown(record) -> str:
+    steps, runs = record["steps"], record["writing"].values()
+    times = [
+        [f"{r['context']:,}", f"{r['batch']}"]
+        + [x for kind in KINDS for x in (f"{r[kind]['seconds'] * 1e3:.3f}", f"{r[kind]['seconds'] / r[kind]['floor']:.3g}")]
+        for r in steps
+    ]
+    sizes = [
+        [f"{r['context']:,}", f"{r['batch']}"]
+        + [f"{x / 1e6:,.2f}" for x in (*(r[kind]["bytes"] for kind in KINDS), r["multipole"]["bytes_without_room_to_go_back"])]
+        for r in steps
+    ]
+    writing = [
+        [f"{(i + 1) * WINDOW:,}", *(f"{x:.2f}" for x in spans), *(f"{run['resident_bytes'][i + 1] / 1e6:,.0f}" for run in runs)]
+        for i, spans in enumerate(zip(*(run["seconds_per_1000"] for run in runs)))
+    ]
+    reading = [
+        [f"{r['prompt']:,}", f"{r['seconds']:.1f}", f"{r['prompt'] / r['seconds']:,.0f}"]
+        + [f"{r['extra_bytes'] / 1e6:,.0f}", f"{r['state_bytes'] / 1e6:.2f}"]
+        for r in record["prompts"]
+    ]
+    place, names = ["context", "rows"], KINDS.values()
+    heads = ["tokens written", "state, s per 1,000", "full cache, s per 1,000", "resident, MB", "full cache, resident, MB"]
+    parts = [
+        table([*place, *(head for name in names for head in (f"{name}, ms a step", "x floor"))], times, 0),
+        table([*place, *(f"{name}, MB" for name in names), "multipole without room to go back"], sizes, 0),
+        table(heads, writing, 0),
+        table(["prompt", "seconds", "tokens a second", "extra memory, MB", "state, MB"], reading, 0),
+    ]
+    return "\n\n".join(parts)
 
 
 def draw(record, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(13, 8.4), layout="constrained")
-    (left, right), (middle, last) = picture.subplots(2, 2)
-    context = record["options"]["batch_context"]
+    """A step against context and rows, with floors; seconds and memory of a whole model that writes."""
+    context, shades = record["options"]["batch_context"], colours(KINDS.values())
     sides = (
-        (left, "context", [r for r in record["steps"] if r["batch"] == 1], "one row, attention of one layer, ms a step"),
-        (right, "batch", [r for r in record["steps"] if r["context"] == context], f"{context:,} tokens behind, ms a step"),
+        ("context", [r for r in record["steps"] if r["batch"] == 1], "Attention of one layer, one row: ms a step"),
+        ("batch", [r for r in record["steps"] if r["context"] == context], f"The same with {context:,} tokens behind: ms a step"),
     )
-    for axes, name, found, title in sides:
-        found = sorted(found, key=lambda r: r[name])
-        ticks = [r[name] for r in found]
-        for i, (kind, label) in enumerate(KINDS.items()):
-            axes.plot(ticks, [r[kind]["seconds"] * 1e3 for r in found], "o-", color=f"C{i}", label=label)
-            axes.plot(ticks, [r[kind]["floor"] * 1e3 for r in found], "--", color=f"C{i}", linewidth=0.9)
-        axes.set(xscale="log", yscale="log", xlabel={"context": "context", "batch": "rows"}[name], title=f"{title} (dashed: floor)")
-        axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
-        axes.minorticks_off()
-    for name, label in (("multipole", "multipole state"), ("sdpa", "full cache, SDPA")):
-        run = record["writing"][name]
-        tokens = [(i + 1) * WINDOW for i in range(len(run["seconds_per_1000"]))]
-        middle.plot(tokens, run["seconds_per_1000"], label=label)
-        last.plot(tokens, [(x - run["resident_bytes"][0]) / 1e6 for x in run["resident_bytes"][1:]], label=label)
-    middle.set(xlabel="tokens written", title="whole model, seconds per 1,000 tokens")
-    middle.set_ylim(bottom=0)
-    last.set(xlabel="tokens written", title="whole model, memory above the start, MB")
-    for axes in (left, right, middle, last):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    picture.savefig(path, dpi=130)
+    with figure(path, 2, 2, (13, 8.4), "solid: measured; dashed: least possible at the measured rates") as (_, (above, (middle, last))):
+        for axes, (name, found, title) in zip(above, sides):
+            found = sorted(found, key=lambda r: r[name])
+            ticks = [r[name] for r in found]
+            for kind, label in KINDS.items():
+                axes.plot(ticks, [r[kind]["seconds"] * 1e3 for r in found], "o-", color=shades[label], markersize=4, label=label)
+                axes.plot(ticks, [r[kind]["floor"] * 1e3 for r in found], "--", color=shades[label], linewidth=0.9)
+            axes.set(yscale="log", xlabel={"context": "tokens behind", "batch": "rows"}[name], title=title)
+            axes.set_xscale("log", base=2)
+        for name, label in (("multipole", "multipole state"), ("sdpa", "full cache")):
+            run, style = record["writing"][name], {"color": colours([label])[label], "label": label}
+            tokens = [(i + 1) * WINDOW for i in range(len(run["seconds_per_1000"]))]
+            middle.plot(tokens, run["seconds_per_1000"], **style)
+            last.plot(tokens, [(x - run["resident_bytes"][0]) / 1e6 for x in run["resident_bytes"][1:]], **style)
+        middle.set(xlabel="tokens written", title="A whole model: seconds per 1,000 tokens")
+        middle.set_ylim(bottom=0)
+        last.set(xlabel="tokens written", title="A whole model: memory above the start, MB")
+        for axes in (*above, middle, last):
+            axes.grid(alpha=0.25)
+            label_ends(axes)
 
 
 def parse(arguments):
@@ -296,12 +294,11 @@ def main(arguments) -> None:
         "writing": {name: in_new_process(arguments, "write", name) for name in ("multipole", "sdpa")},
         "prompts": [in_new_process(arguments, "read", length) for length in sorted(o.prompts)],
     }
-    command = shlex.join(["python", *sys.argv])
     options = {name: x for name, x in vars(o).items() if name not in ("output", "part")}
-    record |= {"command": command, "machine": machine(argparse.Namespace(device="cpu")), "options": options}
-    print(text := table(record))
-    (o.output / "benchmark-generation.json").write_text(json.dumps(record, indent=1) + "\n")
-    (o.output / "benchmark-generation.md").write_text(f"    {command}\n\n{text}\n")
+    record |= {"command": command(), "machine": machine(), "options": options}
+    print(text := markdown(record))
+    write_beside(o.output / "benchmark-generation.md", record)
+    (o.output / "benchmark-generation.md").write_text(f"    {command()}\n\n{text}\n")
     if find_spec("matplotlib"):
         draw(record, o.output / "benchmark-generation.png")
 

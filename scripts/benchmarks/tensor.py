@@ -17,14 +17,9 @@ output with its certificate.
 """
 
 import argparse
-import json
 import math
-import os
-import platform
-import shlex
+import statistics
 import sys
-import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,6 +29,9 @@ from tqdm.auto import tqdm
 from hf_multipole import tensor_attention
 from hf_multipole.modeling.polynomial_attention import feature_count
 from hf_multipole.reference import tensor_attention_reference
+from hf_multipole.training.figures import colours, figure, label_ends
+from scripts.common.measuring import machine, spread_of, timed
+from scripts.common.reports import command, table, write_beside
 
 PASSES = ("forward", "both")
 PUBLISHED = (
@@ -128,21 +126,6 @@ def verify(o):
                 sys.exit(f"{part}, {name}: wrong: nothing is timed")
 
 
-def timed(device, work, *arguments):
-    wait = torch.cuda.synchronize if device == "cuda" else int
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    work(*arguments)
-    wait()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def summary(samples):
-    wall, cpu = torch.tensor(samples, dtype=torch.float64).unbind(1)
-    low, median, high = wall.quantile(wall.new_tensor([0.25, 0.5, 0.75])).tolist()
-    return {"median": median, "spread": (high - low) / 2, "cpu": (cpu.sum() / wall.sum()).item()}
-
-
 def measure(o, part, n, bar):
     """All cases of a part at one length, in turns."""
     dim = o.score_dim if part == "polynomial" else o.head_dim
@@ -159,10 +142,10 @@ def measure(o, part, n, bar):
                     samples[which].append(sample)
                     products.append(product)
         bar.update(1)
-    rate = 2 * len(matrix) ** 3 / sorted(products)[len(products) // 2]
+    rate = 2 * len(matrix) ** 3 / statistics.median(products)
     results = []
     for name, samples, _, options in entries:
-        result = {"part": part, "n": n, "case": name} | {which: summary(samples[which]) for which in PASSES}
+        result = {"part": part, "n": n, "case": name} | {which: spread_of(samples[which]) for which in PASSES}
         if options.get("method") != "polynomial":
             useful = o.heads * 4 * dim * pairs(n, options["causal"], options.get("window"))
             result["flops_per_second"] = useful / result["forward"]["median"]
@@ -176,19 +159,18 @@ def measure(o, part, n, bar):
     return results, rate
 
 
-def table(o, results, rates):
-    """The results in Markdown."""
+def markdown(o, results, rates):
+    """The results, and notes."""
     other = "einsum or exact path" if o.device == "cpu" else "PyTorch path"
     head = ["part", "n", "case", "forward, ms", "forward + backward, ms", "x forward", "Gflop/s", "rate", f"faster than {other}", "CPU"]
-    lines = [f"| {' | '.join(head)} |", "|---|---:|---|" + "---:|" * 7]
+    rows = []
     for r in results:
         cells = [r["part"], f"{r['n']:,}", r["case"]]
         cells += [f"{r[which]['median'] * 1e3:,.1f} ±{r[which]['spread'] / r[which]['median']:.0%}" for which in PASSES]
         cells.append(f"{r['both']['median'] / r['forward']['median']:.2f}")
         cells += [f"{r['flops_per_second'] / 1e9:,.0f}", f"{r['rate']:.2f}"] if "rate" in r else ["", ""]
         cells.append(" / ".join(f"{r['speedup'][which]:.3g}" for which in PASSES) if "speedup" in r else "")
-        cells.append(f"{r['both']['cpu']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append([*cells, f"{r['both']['cpu']:.2f}"])
     features = feature_count(o.score_dim, o.degree)
     notes = [
         f"- {o.device}, {o.dtype}, {o.threads} threads; heads: {o.heads} on {o.kv_heads} of keys; exact and window: width {o.head_dim}, "
@@ -198,30 +180,25 @@ def table(o, results, rates):
     ]
     if o.device == "cuda":
         notes.append(f"- {PUBLISHED}")
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([table(head, rows, 3), "", *notes])
 
 
 def draw(results, path):
     """Time against n: one line a part and case."""
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(9, 5.2))
-    axes, ends = picture.subplots(), []
-    for i, key in enumerate(dict.fromkeys((r["part"], r["case"]) for r in results)):
-        points = [(r["n"], r["forward"]["median"]) for r in results if (r["part"], r["case"]) == key]
-        axes.plot(*zip(*points), "o-", color=f"C{i}", markersize=4)
-        ends.append((points[-1][1], points[-1][0], ": ".join(key), f"C{i}"))
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward, seconds", title="Tensor attention of order 3")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    # A label beside the end of each line, pushed up where it would cover the one below.
-    (low, high), place = map(math.log, axes.get_ylim()), -math.inf
-    for y, n, label, color in sorted(ends):
-        place = max((math.log(y) - low) / (high - low), place + 0.045)
-        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "linestyle": ":", "relpos": (0, 0.5)}
-        axes.annotate(label, (n, y), (1.03, place), "data", "axes fraction", leader, False, color=color, va="center", fontsize=8)
-    picture.tight_layout()
-    picture.savefig(path, dpi=130)
+    lines = {f"{r['part']}: {r['case']}": [] for r in results}
+    for r in results:
+        lines[f"{r['part']}: {r['case']}"].append((r["n"], r["forward"]["median"]))
+    # The same words with another meaning elsewhere: here "exact" is tensor attention, and einsum what it is compared with.
+    own = [name for name in lines if "einsum" not in name and not (name.startswith("polynomial") and "path" not in name)]
+    methods = {name: f"tensor {name}" if name in own else name for name in lines}
+    shades = colours(methods.values())
+    with figure(path, size=(9, 5.2)) as (_, ((axes,),)):
+        for name, points in lines.items():
+            axes.plot(*zip(*points), "o-", color=shades[methods[name]], markersize=4, label=name)
+        axes.set(yscale="log", xlabel="tokens of a row", ylabel="seconds", title="Tensor attention of order 3: one forward pass")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.25)
+        label_ends(axes)
 
 
 def parse(arguments):
@@ -257,15 +234,6 @@ def parse(arguments):
     return o
 
 
-def machine():
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")] or [platform.processor()]
-    versions = {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        versions |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": version("triton")}
-    return {"processor": names[0], "cores": os.cpu_count(), "load": os.getloadavg()} | versions
-
-
 def main(arguments):
     o = parse(arguments)
     torch.set_num_threads(o.threads)
@@ -278,12 +246,12 @@ def main(arguments):
         for part, n in todo:
             found, rates[part, n] = measure(o, part, n, bar)
             results += found
-    print(text := table(o, results, rates))
-    command, options = shlex.join(["python", *sys.argv]), {name: x for name, x in vars(o).items() if isinstance(x, (int, list, str))}
+    print(text := markdown(o, results, rates))
+    options = {name: x for name, x in vars(o).items() if isinstance(x, (int, list, str))}
     gemm = {f"{part} {n}": rate for (part, n), rate in rates.items()}
-    record = {"command": command, "machine": machine(), "options": options, "gemm_flops_per_second": gemm, "results": results}
-    (o.output / "benchmark-tensor.json").write_text(json.dumps(record, indent=1) + "\n")
-    (o.output / "benchmark-tensor.md").write_text(f"    {command}\n\n{text}\n")
+    record = {"command": command(), "machine": machine(), "options": options, "gemm_flops_per_second": gemm, "results": results}
+    write_beside(o.output / "benchmark-tensor.md", record)
+    (o.output / "benchmark-tensor.md").write_text(f"    {command()}\n\n{text}\n")
     if find_spec("matplotlib"):
         draw(results, o.output / "benchmark-tensor.png")
 

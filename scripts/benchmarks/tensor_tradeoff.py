@@ -18,7 +18,7 @@ import functools
 import itertools
 import json
 import math
-import shlex
+import statistics
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,9 @@ from hf_multipole.modeling.polynomial_attention import (
 )
 from hf_multipole.reference import tensor_attention_reference
 from hf_multipole.training.checkpoints import write_json
-from scripts.benchmarks.tensor import machine, timed
+from hf_multipole.training.figures import figure
+from scripts.common.measuring import machine, timed
+from scripts.common.reports import command, table, write_beside
 
 KINDS = ("causal", "bidirectional")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -165,7 +167,7 @@ def measure(o, steps):
                     job["samples"].append(used)
                     wall, cpu = wall + seconds, cpu + used
                 bar.update(1)
-    return [job | {"seconds": sorted(job["samples"])[o.repeats // 2]} for job, _, _ in found], cpu / wall
+    return [job | {"seconds": statistics.median(job["samples"])} for job, _, _ in found], cpu / wall
 
 
 def law(points, terms):
@@ -272,9 +274,9 @@ def length(n, exact):
     return f"under {shortest:,}" if n < shortest else f"{'~' * (n > longest)}{short(n, 2)}"
 
 
-def table(o, cells, steps, exact):
-    lines = ["| order | B | scores within | degree | features | dtype | delta | error within | µs a token | pays from n = |"]
-    lines.append("|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|")
+def bounds_table(o, cells, steps, exact):
+    head = ["order", "B", "scores within", "degree", "features", "dtype", "delta", "error within", "µs a token", "pays from n ="]
+    rows = []
     for found in cells:
         row = [str(found["order"]), f"{found['bound']:g}", f"{found['scores']:.3g}"]
         if "reason" in found:
@@ -284,24 +286,23 @@ def table(o, cells, steps, exact):
             row += [str(found["degree"]), f"{found['features']:,}", found["dtype"], f"{found['delta']:.1e}", f"{found['error']:.1e}"]
             row.append(" / ".join(short(step[kind]["coefficients"][1] * 1e6) for kind in KINDS))
             row.append(" / ".join(length(step[kind]["from"], exact[found["order"], kind]) for kind in KINDS))
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append(row)
+    return table(head, rows, 0)
 
 
 def exact_table(o, exact):
-    lines = ["| order | attention | measured | law | largest error | at 65,536 tokens, by the law |", "|---:|---|---|---|---:|---:|"]
+    rows = []
     for (order, kind), found in exact.items():
         points = ", ".join(f"{n:,}: {short(seconds * 1e3)} ms" for n, seconds in found["points"])
         seen = {"bidirectional": f"n^{order}", "causal": f"n^{order} / {order}"}[kind]
         parts = [f"{c * 1e6:.3g} µs{unit}" for c, unit in zip(found["coefficients"], ("", " n", f" {seen}")) if c]
         far = predict(found["coefficients"], exact_terms(order, kind), 65536)
-        lines.append(f"| {order} | {kind} | {points} | {' + '.join(parts)} | {found['error']:.0%} | {short(far)} s |")
-    return "\n".join(lines)
+        rows.append([str(order), kind, points, " + ".join(parts), f"{found['error']:.0%}", f"{short(far)} s"])
+    return table(["order", "attention", "measured", "law", "largest error", "at 65,536 tokens, by the law"], rows, 4)
 
 
 def growth_table(o, steps, exact):
-    lines = ["| n | ln n | " + " | ".join(f"order {order}: B, B^{order}, B^{order} / ln n" for order in o.orders) + " |"]
-    lines.append("|---:|---:|" + "---:|" * len(o.orders))
+    rows = []
     for n in (10**2, 10**3, 10**4, 10**5, 10**6):
         cells, known = [], largest_score(LAST, o.tolerance)
         for order in o.orders:
@@ -310,32 +311,44 @@ def growth_table(o, steps, exact):
                 continue
             x = growth(o, steps, exact, order, "bidirectional", n)
             cells.append(f"{'~' * (x > known)}{x ** (1 / order):.2f}, {x:.2f}, {x / math.log(n):.2f}")
-        lines.append(f"| {n:,} | {math.log(n):.1f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"{n:,}", f"{math.log(n):.1f}", *cells])
+    return table(["n", "ln n", *(f"order {order}: B, B^{order}, B^{order} / ln n" for order in o.orders)], rows, 0)
 
 
 def draw(o, cells, steps, exact, path):
     """Time against n by order; break-even length, features, and the largest bound that pays, by order."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(4.4 * max(3, len(o.orders)), 8), layout="constrained")
-    above, below = picture.subplots(2, max(3, len(o.orders)))
-    for axes, order in zip(above, o.orders):
-        law_of_exact, own = exact[order, "causal"], [cell for cell in cells if cell["order"] == order and "degree" in cell]
-        bounds = {cell["degree"]: cell["bound"] for cell in own}
-        lengths = [2 ** (i / 4) for i in range(4 * 3, 4 * 18 + 1)]
-        times = [predict(law_of_exact["coefficients"], exact_terms(order, "causal"), n) for n in lengths]
-        axes.plot(lengths, times, "--", color="0.2", linewidth=1)
-        axes.plot(*zip(*law_of_exact["points"]), "o-", color="0.2", markersize=3, label="exact (dashed: law)")
-        for i, (degree, bound) in enumerate(bounds.items()):
-            color = colormaps["viridis"](i / max(1, len(bounds)))
-            step = next(step for step in steps if (step["order"], step["degree"]) == (order, degree))["causal"]
-            axes.plot(lengths, [predict(step["coefficients"], LINE, n) for n in lengths], color=color, linewidth=1)
-            axes.plot(*zip(*step["points"]), "o", color=color, markersize=3, label=f"B = {bound:g}, degree {degree}")
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title=f"order {order}, causal", ylim=(1e-5, 1e4))
-        axes.legend(frameon=False, fontsize=7)
-    pays, sizes, bounds = below[:3]
+    columns = max(3, len(o.orders))
+    title = "Tensor attention with bounded entries: the exact path, and the polynomial of each degree"
+    with figure(path, columns, 2, (4.6 * columns, 8.4), title) as (_, (above, below)):
+        for axes, order in zip(above, o.orders):
+            draw_times(axes, o, order, cells, steps, exact, colormaps["viridis"])
+        draw_bounds(*below[:3], o, steps, exact)
+        for axes in (*above[: len(o.orders)], *below[:3]):
+            axes.grid(alpha=0.25)
+        for axes in (*above[len(o.orders) :], *below[3:]):
+            axes.set_visible(False)
+
+
+def draw_times(axes, o, order, cells, steps, exact, shades):
+    law_of_exact, own = exact[order, "causal"], [cell for cell in cells if cell["order"] == order and "degree" in cell]
+    bounds = {cell["degree"]: cell["bound"] for cell in own}
+    lengths = [2 ** (i / 4) for i in range(4 * 3, 4 * 18 + 1)]
+    times = [predict(law_of_exact["coefficients"], exact_terms(order, "causal"), n) for n in lengths]
+    axes.plot(lengths, times, "--", color="0.2", linewidth=1)
+    axes.plot(*zip(*law_of_exact["points"]), "o-", color="0.2", markersize=3, label="exact (dashed: law)")
+    for i, (degree, bound) in enumerate(bounds.items()):
+        color = shades(i / max(1, len(bounds)))
+        step = next(step for step in steps if (step["order"], step["degree"]) == (order, degree))["causal"]
+        axes.plot(lengths, [predict(step["coefficients"], LINE, n) for n in lengths], color=color, linewidth=1)
+        axes.plot(*zip(*step["points"]), "o", color=color, markersize=3, label=f"B = {bound:g}, degree {degree}")
+    axes.set(yscale="log", xlabel="tokens", ylabel="seconds", title=f"order {order}, causal: a forward pass", ylim=(1e-5, 1e4))
+    axes.set_xscale("log", base=2)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def draw_bounds(pays, sizes, bounds, o, steps, exact):
     for i, order in enumerate(o.orders):
         own, color = [step for step in steps if step["order"] == order], f"C{i}"
         ends = [0, *(step["bound"] for step in own)]
@@ -343,29 +356,22 @@ def draw(o, cells, steps, exact, path):
             label = f"order {order}" if kind == "causal" else None
             starts = [min(max(step[kind]["from"], exact[order, kind]["points"][0][0]), 1e9) for step in own]
             pays.stairs(starts, ends, baseline=None, color=color, linestyle=style, label=label)
-        sizes.stairs([step["features"] for step in own], ends, baseline=None, color=color)
+        sizes.stairs([step["features"] for step in own], ends, baseline=None, color=color, label=f"order {order}")
         for axes in (pays, sizes):
             axes.axvline(ends[-1], color=color, linewidth=0.6, linestyle="--")
         shortest = exact[order, "causal"]["points"][0][0]
         lengths = [n for n in (10 ** (j / 8) for j in range(8, 8 * 7 + 1)) if n >= shortest]
-        bounds.plot(lengths, [best_bound(own, "causal", n) for n in lengths], color=color, label=f"order {order}, causal")
+        bounds.plot(lengths, [best_bound(own, "causal", n) for n in lengths], color=color, label=f"order {order}")
         setting = [growth(o, steps, exact, order, "causal", n) ** (1 / order) for n in lengths]
         bounds.plot(lengths, setting, "--", color=color)
         bounds.plot(lengths, [setting[-1] * (math.log(n) / math.log(lengths[-1])) ** (1 / order) for n in lengths], ":", color=color)
-    pays.set(yscale="log", xlabel="entry bound B", ylabel="tokens", title="the polynomial pays from")
-    sizes.set(yscale="log", xlabel="entry bound B", title="features")
-    bounds.set(xscale="log", xlabel="tokens", ylabel="entry bound B", title="largest bound that pays")
-    note = f"solid: {o.score_dim} entries, measured and laws\ndashed: ln n entries, laws\ndotted: in proportion to (ln n)^(1/order)"
-    bounds.annotate(note, (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=7)
-    pays.annotate("dotted: bidirectional", (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=7)
-    pays.legend(frameon=False, fontsize=8, loc="lower right")
-    bounds.legend(frameon=False, fontsize=8, loc="lower right")
-    for axes in (*above[: len(o.orders)], *below[:3]):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in (*above[len(o.orders) :], *below[3:]):
-        axes.set_visible(False)
-    picture.savefig(path, dpi=130)
+    pays.set(yscale="log", xlabel="entry bound B", ylabel="tokens", title="the polynomial pays from\n(dotted: bidirectional)")
+    sizes.set(yscale="log", xlabel="entry bound B", ylabel="features", title="features that a bound needs")
+    bounds.set(xscale="log", xlabel="tokens", ylabel="entry bound B")
+    lines = f"solid: {o.score_dim} entries; dashed: ln n entries; dotted: (ln n)^(1/order)"
+    bounds.set_title(f"largest bound that pays, causal\n{lines}", fontsize=9)
+    for axes in (pays, sizes, bounds):
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def report(o, record, cells, steps, exact, picture):
@@ -388,7 +394,7 @@ Queries and keys of {o.score_dim} entries within B, scale 1/{o.score_dim}, so th
 {o.repeats} rounds in which all cases take turns. The machine was shared: {busy}.
 Read the times as ratios within this run.
 
-{table(o, cells, steps, exact)}
+{bounds_table(o, cells, steps, exact)}
 
 - Two figures are causal / bidirectional. "error within": the certificate for products of values within 1, rounding included. float64
   is taken where float32's part of it would exceed {o.tolerance:g}; the exact path is in float32 throughout.
@@ -452,7 +458,7 @@ def main(arguments):
     if record is None:
         verify(o, steps)
         times, cpu = measure(o, steps)
-        record = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "cpu": cpu, "options": options, "times": times}
+        record = {"command": command(), "machine": machine(), "cpu": cpu, "options": options, "times": times}
         o.output.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
     exact = laws(o, steps, record["times"])
@@ -460,8 +466,9 @@ def main(arguments):
     picture.parent.mkdir(parents=True, exist_ok=True)
     if find_spec("matplotlib"):
         draw(o, cells, steps, exact, picture)
+    write_beside(o.report, record)
     o.report.write_text(report(o, record, cells, steps, exact, picture))
-    print(table(o, cells, steps, exact), f"wrote {o.report}", sep="\n\n")
+    print(bounds_table(o, cells, steps, exact), f"wrote {o.report}", sep="\n\n")
 
 
 if __name__ == "__main__":

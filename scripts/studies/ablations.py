@@ -1,10 +1,10 @@
 """What the far field carries in a trained causal model: how much attention each level gets in each layer, and what is lost without it.
 
-    python -m scripts.studies.ablations --models runs/quickstart --folder stdlib --output runs/far-field
+    python -m scripts.studies.ablations --models runs/quickstart --folder stdlib --output runs/ablations
 
 "Weight": of a level's summaries, in the mean over heads, rows and the queries of the second half of the context. "Lost": how many bits
 a byte more the model needs on held-out text while that level, that layer or all of the far field is silenced (a far bias of -10,000),
-without further training. Needs a model with a far bias. Writes far-field.json, far-field.md and a picture.
+without further training. Needs a model with a far bias. Writes ablations.json, ablations.md and a picture.
 """
 
 import argparse
@@ -21,10 +21,12 @@ from hf_multipole import MultipoleForCausalLM
 from hf_multipole.modeling.hierarchy import group_count, level_count
 from hf_multipole.training.arguments import DataArguments
 from hf_multipole.training.batches import collate
-from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import load_texts, pack, spread
 from hf_multipole.training.errors import BAD_INPUT, fail
 from hf_multipole.training.evaluation import measure
+from hf_multipole.training.figures import figure
+from scripts.common.measuring import machine
+from scripts.common.reports import command, table, write_beside
 
 SILENT = -1e4
 
@@ -97,31 +99,27 @@ def markdown(records: list[dict]) -> str:
     for record in records:
         levels = len(record["without_level"])
         rows = [
-            ["layer", *(f"level {i + 1}" for i in range(levels)), "far, %", "lost without it"],
-            ["---:"] * (levels + 3),
             *(
                 [str(i), *(f"{100 * x:.2f}" for x in found), f"{100 * sum(found):.1f}", f"{record['without_layer'][i]:+.4f}"]
                 for i, found in record["weights"].items()
             ),
             ["lost", *(f"{x:+.4f}" for x in record["without_level"]), "", f"{record['without_all']:+.4f}"],
         ]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts.append(f"{record['model']}: {record['bits_per_byte']:.4f} bits per byte; weights in per cent\n\n{table}\n")
+        found = table(["layer", *(f"level {i + 1}" for i in range(levels)), "far, %", "lost without it"], rows, 0)
+        parts.append(f"{record['model']}: {record['bits_per_byte']:.4f} bits per byte; weights in per cent\n\n{found}\n")
     return "\n".join(parts)
 
 
 def draw(records: list[dict], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(records), 3), layout="constrained")
-    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records):
-        shares = torch.tensor(list(record["weights"].values()))
-        image = axes.imshow(100 * shares, aspect="auto", cmap="viridis")
-        axes.set(xlabel="level", ylabel="layer", title=f"{record['model']}\nattention to summaries, %")
-        axes.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
-        axes.set_yticks(range(len(shares)), record["weights"])
-        figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=130)
+    size = (5 * len(records), 3.4)
+    with figure(path, len(records), 1, size, "Attention to the summaries of each level, % of a query's") as (picture, (plots,)):
+        for axes, record in zip(plots, records):
+            shares = torch.tensor(list(record["weights"].values()))
+            image = axes.imshow(100 * shares, aspect="auto", cmap="viridis")
+            axes.set(xlabel="level", ylabel="layer", title=record["model"])
+            axes.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
+            axes.set_yticks(range(len(shares)), record["weights"])
+            picture.colorbar(image, ax=axes)
 
 
 def parse(arguments: list[str]):
@@ -136,7 +134,7 @@ def parse(arguments: list[str]):
     o = parser.parse_args(arguments)
     for name in ("context", "rows"):
         if getattr(o, name) < 1:
-            sys.exit(f"far_field.py: --{name} is {getattr(o, name)}, but must be positive")
+            sys.exit(f"ablations.py: --{name} is {getattr(o, name)}, but must be positive")
     return o
 
 
@@ -145,12 +143,12 @@ def main(arguments: list[str]) -> None:
     try:
         records = [study(path, o) for path in o.models]
     except BAD_INPUT as error:
-        fail("far_field.py", error)
+        fail("ablations.py", error)
     o.output.mkdir(parents=True, exist_ok=True)
-    write_json(o.output / "far-field.json", {"arguments": arguments, "models": records})
-    (o.output / "far-field.md").write_text(text := markdown(records))
+    write_beside(o.output / "ablations.md", {"command": command(), "machine": machine(), "models": records})
+    (o.output / "ablations.md").write_text(text := markdown(records))
     if find_spec("matplotlib"):
-        draw(records, o.output / "far-field.png")
+        draw(records, o.output / "ablations.png")
     print(text)
 
 

@@ -39,8 +39,8 @@ from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import hold_out, load_texts, pack, spread
 from hf_multipole.training.errors import BAD_INPUT, fail
 from hf_multipole.training.evaluation import measure
-from scripts.benchmarks.tensor import machine
 from scripts.common import peers
+from scripts.common.measuring import machine
 from scripts.studies import approximation_baselines as other
 from scripts.studies.approximation_report import report
 

@@ -1,12 +1,12 @@
 """The report and the plots of scripts/studies/approximation.py."""
 
-import shlex
 import statistics
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from hf_multipole.training.figures import colours, figure
 from hf_multipole.training.report import write_figures
+from scripts.common.reports import command, table, write_beside
 from scripts.studies import approximation_baselines as other
 
 # Ways that have a block size and a rank.
@@ -21,11 +21,6 @@ def mean(entry: dict) -> float:
     return statistics.fmean(entry["layers"])
 
 
-def rows_of(cells: list[list[str]], head: list[str]) -> str:
-    align = "".join("---:|" if i else "---|" for i in range(len(head)))
-    return "\n".join([f"| {' | '.join(head)} |", f"|{align}", *(f"| {' | '.join(row)} |" for row in cells)])
-
-
 def equal_cost(record: dict, family: str, sizes: list[tuple[int, int]], others: list[str]) -> str:
     """Errors, mean over layers, by block size and rank, beside those of others at the same cost."""
     entries, cells = record["errors"], []
@@ -33,7 +28,7 @@ def equal_cost(record: dict, family: str, sizes: list[tuple[int, int]], others: 
         own = pick(entries, family, block_size=block_size, rank=rank)
         same = [pick(entries, name, cost=own["cost"]) for name in others]
         cells.append([str(block_size), str(rank), f"{own['cost']:.0f}", *(f"{mean(x):.3f}" for x in [own, *same])])
-    return rows_of(cells, ["block size", "rank", "columns", family, *others])
+    return table(["block size", "rank", "columns", family, *others], cells)
 
 
 def by_layer_table(o, record: dict) -> str:
@@ -50,7 +45,7 @@ def by_layer_table(o, record: dict) -> str:
         cells += [row(f"{family}, {block_size} / {rank}", pick(entries, family, **sizes)) for family in MULTIPOLE]
         cells += [row(family, pick(entries, family, cost=cost)) for family in other.baselines(record["causal"])]
     cells += [row(x["family"], x) for x in entries if x["family"] in ("uniform", "h-transformer-1d")]
-    return rows_of(cells, ["", "columns", *(f"layer {i}" for i in range(record["sizes"]["layers"]))])
+    return table(["", "columns", *(f"layer {i}" for i in range(record["sizes"]["layers"]))], cells)
 
 
 def heads_table(o, record: dict) -> str:
@@ -68,7 +63,7 @@ def heads_table(o, record: dict) -> str:
         for layer, heads in enumerate(record["heads"])
         for head, found in enumerate(heads)
     ]
-    return rows_of(cells, ["layer.head", "tokens seen", "far weight", "means", "summaries learned", "window"])
+    return table(["layer.head", "tokens seen", "far weight", "means", "summaries learned", "window"], cells)
 
 
 def whole_table(record: dict) -> str:
@@ -79,7 +74,7 @@ def whole_table(record: dict) -> str:
         sizes = f", {x['block_size']} / {x['rank']}" if x["block_size"] else ""
         cost = "" if x["cost"] is None else f"{x['cost']:.0f}"
         cells.append([x["family"] + sizes, cost, f"{x['bits']:.3f}", f"{100 * (x['bits'] / exact - 1):+.1f} %"])
-    return rows_of(cells, ["in all layers", "columns", unit, "against exact"])
+    return table(["in all layers", "columns", unit, "against exact"], cells)
 
 
 def wins(o, record: dict) -> str:
@@ -134,72 +129,51 @@ The whole model, with the same attention in all layers:
 """
 
 
-def axes_style(axes, **labels) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.set(**labels)
-    axes.spines[["top", "right"]].set_visible(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log":
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.set_minor_formatter(NullFormatter())
-
-
 def draw(o, records: list[dict], folder: Path) -> dict[str, str]:
     """The plots, by their captions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {name: f"C{i}" for i, name in enumerate(["means", "summaries learned", "window", "low rank", "largest weights", "Nystroem"])}
+    shades = colours(["means", "summaries learned", "window", "low rank", "largest weights", "Nystroem"])
     layers = max(record["sizes"]["layers"] for record in records)
-    figure, grid = plt.subplots(len(records), layers, figsize=(3.1 * layers, 2.9 * len(records)), squeeze=False, layout="constrained")
-    for record, line in zip(records, grid):
-        for layer, axes in enumerate(line[: record["sizes"]["layers"]]):
-            for family, colour in colours.items():
-                found = [x for x in record["errors"] if x["family"] == family]
-                points = sorted((x["cost"], x["layers"][layer]) for x in found)
-                own = family in MULTIPOLE
-                axes.plot(*zip(*points), "o" if own else "-", color=colour, markersize=4, label=family) if points else None
-            axes_style(axes, xscale="log", yscale="log", title=f"{record['model']}, layer {layer}")
-            axes.title.set_fontsize(9)
-        for axes in line[record["sizes"]["layers"] :]:
-            axes.axis("off")
-        line[0].set_ylabel("error of the output")
-    for axes in grid[-1]:
-        axes.set_xlabel("columns a query")
-    figure.legend(*grid[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours), frameon=False)
-    figure.savefig(folder / f"{o.report.stem}.png", dpi=130)
-    plt.close(figure)
+    title = "Error of a layer's output against exact attention, by what a query costs; dots: multipole attention"
+    with figure(folder / f"{o.report.stem}.png", layers, len(records), (3.1 * layers, 0.6 + 2.9 * len(records)), title) as (picture, grid):
+        for record, line in zip(records, grid):
+            for layer, axes in enumerate(line[: record["sizes"]["layers"]]):
+                for family, colour in shades.items():
+                    points = sorted((x["cost"], x["layers"][layer]) for x in record["errors"] if x["family"] == family)
+                    if points:
+                        axes.plot(*zip(*points), "o" if family in MULTIPOLE else "-", color=colour, markersize=4, label=family)
+                axes.set(xscale="log", yscale="log")
+                axes.set_title(f"{record['model']}, layer {layer}", fontsize=9)
+            for axes in line[record["sizes"]["layers"] :]:
+                axes.axis("off")
+            line[0].set_ylabel("error of the output")
+        for axes in grid[-1]:
+            axes.set_xlabel("columns a query")
+        picture.legend(*grid[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shades), frameon=False)
 
     block_size, rank = o.shown
-    figure, plots = plt.subplots(2, len(records), figsize=(4.4 * len(records), 6.2), squeeze=False, layout="constrained")
-    for record, (upper, lower) in zip(records, plots.T):
-        sizes = {"block_size": block_size, "rank": rank}
-        own = pick(record["errors"], "means", **sizes)
-        shown = {"means": own, "summaries learned": pick(record["errors"], "summaries learned", **sizes)}
-        shown |= {name: pick(record["errors"], name, cost=own["cost"]) for name in ("window", "low rank")}
-        weights = [head["far"][str(block_size)] for heads in record["heads"] for head in heads]
-        for name, entry in shown.items():
-            upper.scatter(weights, [x for heads in entry["heads"] for x in heads], s=14, color=colours[name], label=name)
-            parts = [statistics.fmean(layer[i] for layer in entry["positions"]) for i in range(len(own["positions"][0]))]
-            lower.plot(
-                [(i + 0.5) * record["sizes"]["context"] / len(own["positions"][0]) for i in range(len(own["positions"][0]))],
-                parts,
-                color=colours[name],
+    sizes, title = {"block_size": block_size, "rank": rank}, f"Where the error sits, at block size {block_size} and rank {rank}"
+    where, wide = folder / f"{o.report.stem}-where.png", len(records)
+    with figure(where, wide, 2, (4.6 * wide, 6.8), title) as (picture, plots):
+        for record, (upper, lower) in zip(records, plots.T):
+            own = pick(record["errors"], "means", **sizes)
+            shown = {"means": own, "summaries learned": pick(record["errors"], "summaries learned", **sizes)}
+            shown |= {name: pick(record["errors"], name, cost=own["cost"]) for name in ("window", "low rank")}
+            weights = [head["far"][str(block_size)] for heads in record["heads"] for head in heads]
+            count = len(own["positions"][0])
+            for name, entry in shown.items():
+                upper.scatter(weights, [x for heads in entry["heads"] for x in heads], s=14, color=shades[name], label=name)
+                parts = [statistics.fmean(layer[i] for layer in entry["positions"]) for i in range(count)]
+                lower.plot([(i + 0.5) * record["sizes"]["context"] / count for i in range(count)], parts, color=shades[name])
+            upper.set(
+                xscale="log", yscale="log", xlabel="weight outside of the near field", ylabel="error of a head", title=record["model"]
             )
-        axes_style(
-            upper, xscale="log", yscale="log", xlabel="weight outside of the near field", ylabel="error of a head", title=record["model"]
-        )
-        axes_style(lower, xlabel="token in the row", ylabel="error, mean over layers")
-        lower.set_ylim(0)
-    figure.legend(*plots[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * min(2, len(records)), frameon=False)
-    figure.savefig(folder / f"{o.report.stem}-where.png", dpi=130)
-    plt.close(figure)
-    captions = {"error against cost, layer by layer": f"{o.report.stem}.png"}
-    return captions | {"where the error sits: by the far weight of a head, and by position": f"{o.report.stem}-where.png"}
+            lower.set(xlabel="token in the row", ylabel="error, mean over layers")
+            lower.set_ylim(0)
+        picture.legend(*plots[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * min(2, wide), frameon=False)
+    return {
+        "error against cost, layer by layer": f"{o.report.stem}.png",
+        "where the error sits: by the far weight of a head, and by position": where.name,
+    }
 
 
 TITLE = "How far multipole attention is from exact attention"
@@ -213,7 +187,7 @@ def report(o, records: list[dict]) -> None:
     learned = ", ".join(f"{m} / {p}" for m, p in o.learned)
     figures = f"""
 ```bash
-python -m scripts.studies.approximation {shlex.join(sys.argv[1:])}
+{command()}
 ```
 
 Errors are the norm of the difference over the norm of the exact output of a layer, after softmax and values, before its output
@@ -226,3 +200,4 @@ summaries included, over the 2 * head_dim of a token; not included: the pseudo-i
 
 {chr(10).join(section(o, record) for record in records)}"""
     write_figures(o.report, TITLE, figures)
+    write_beside(o.report, {"command": command(), "models": records})

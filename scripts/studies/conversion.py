@@ -9,6 +9,7 @@ of its own: one that is complete is not run again, and one that was interrupted 
 import argparse
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ from hf_multipole import convert
 from hf_multipole.integration.measurement import layer_errors, with_attention
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import first_files, pack, standard_library
+from hf_multipole.training.figures import colours, figure, label_ends
+from scripts.common.measuring import machine
+from scripts.common.reports import command, table, write_beside
 
 CONTEXT, LONG = 1024, 4096
 EVALUATED = 2**18  # held-out bytes that each figure is measured on
@@ -124,40 +128,33 @@ def untrained(base: Path, held_out, path: Path) -> dict:
 
 
 def plot(arms: dict, grid: list[dict], path: Path) -> None:
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
-    for name, figures in arms.items():
-        left.plot([20 * (i + 1) for i in range(len(figures["curve"]))], figures["curve"], label=name)
-    left.set(xlabel="steps after the conversion", ylabel="training loss, bits per byte")
-    left.legend(frameon=False, fontsize=8)
-    for block_size in BLOCK_SIZES:
-        points = [(row["rank"], sum(row["errors"]) / len(row["errors"])) for row in grid if row["block_size"] == block_size]
-        right.plot(*zip(*points), marker="o", label=f"block size {block_size}")
-    right.set(xscale="log", yscale="log", xlabel="rank", ylabel="error of the attention output, untrained")
-    right.set_xticks(RANKS, RANKS)
-    right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with figure(path, 2, 1, (12, 4)) as (_, ((left, right),)):
+        for name, colour in colours(arms).items():
+            curve = arms[name]["curve"]
+            left.plot([20 * (i + 1) for i in range(len(curve))], curve, color=colour, label=name)
+        left.set(xlabel="steps after the conversion", ylabel="bits per byte", title="Training loss after the conversion")
+        for i, block_size in enumerate(BLOCK_SIZES):
+            points = [(row["rank"], sum(row["errors"]) / len(row["errors"])) for row in grid if row["block_size"] == block_size]
+            right.plot(*zip(*points), marker="o", color=colormaps["viridis"](0.85 * i / len(BLOCK_SIZES)), label=f"block size {block_size}")
+        right.set(yscale="log", xlabel="rank", ylabel="relative error", title="Attention output with means, untrained: error")
+        right.set_xscale("log", base=2)
+        for axes in (left, right):
+            label_ends(axes)
 
 
 def report(args, base: dict, arms: dict, means: dict, picture: str) -> str:
     rows = {f"exact, {args.steps} steps": base["bits_per_byte"]} | means["chosen"]
     rows |= {f"{name}, {args.further_steps} steps more": figures["bits_per_byte"] for name, figures in arms.items()}
-    figures = "\n".join(f"| {name} | {bits[str(CONTEXT)]:.3f} | {bits[str(LONG)]:.3f} |" for name, bits in rows.items())
+    figures = [[name, f"{bits[str(CONTEXT)]:.3f}", f"{bits[str(LONG)]:.3f}"] for name, bits in rows.items()]
     exact, multipole, near = (arms[name]["bits_per_byte"][str(CONTEXT)] for name in list(ARMS)[:2] + list(ARMS)[3:])
-    grid = "\n".join(
-        f"| {row['block_size']} | {row['rank']} | {row['bits']:.3f} | {100 * (row['bits'] / means['exact'] - 1):+.1f} % | "
-        + " | ".join(f"{error:.2f}" for error in row["errors"])
-        + " |"
+    head = ["block size", "rank", "bits per byte", "against exact", *(f"layer {i}" for i in range(len(means["grid"][0]["errors"])))]
+    grid = [
+        [str(row["block_size"]), str(row["rank"]), f"{row['bits']:.3f}", f"{100 * (row['bits'] / means['exact'] - 1):+.1f} %"]
+        + [f"{error:.2f}" for error in row["errors"]]
         for row in means["grid"]
-    )
-    layers = len(means["grid"][0]["errors"])
+    ]
     return f"""# Conversion of a small Llama
 
 A Llama of 4 layers of width 128 was trained with exact attention on the source text of Python's standard library, byte by byte, with a
@@ -166,14 +163,12 @@ context of {CONTEXT}: {args.steps} steps of 8 rows. Its checkpoint was then conv
 model, over the same rows.
 
 ```bash
-python -m scripts.studies.conversion --output {args.output} --report {args.report} --steps {args.steps} --further-steps {args.further_steps}
+{command()}
 ```
 
 Bits per byte on {EVALUATED:,} held-out bytes, one seed:
 
-| | context {CONTEXT:,} | context {LONG:,} |
-|---|---:|---:|
-{figures}
+{table(["", f"context {CONTEXT:,}", f"context {LONG:,}"], figures)}
 
 At the trained context the fine-tuned multipole model is {100 * (multipole / exact - 1):+.2f} % from the exact one. What exact attention
 gains over the near field alone ({near:.3f} to {exact:.3f}) is what the far context is worth here; the {near - multipole:.3f} that
@@ -188,9 +183,7 @@ Training losses (left) are of rows that the first training has partly seen.
 Means in place of learned summaries (`attn_implementation="multipole"` on the exact checkpoint), on {64 * CONTEXT:,} bytes: bits per byte
 (exact: {means["exact"]:.3f}), and the relative error of the attention output of each layer.
 
-| block size | rank | bits per byte | against exact | {" | ".join(f"layer {i}" for i in range(layers))} |
-|---:|---:|---:|---:|{"---:|" * layers}
-{grid}
+{table(head, grid, 0)}
 
 A drop-in without training is sane where the blocks are so wide that little lies outside of the near field. Otherwise train: keys that
 were rotated by their positions do not average well, and untrained summaries are a little worse than the near field alone.
@@ -226,8 +219,10 @@ def main() -> None:
     }
     picture = Path("images") / f"{args.report.stem}.png"
     (args.report.parent / "images").mkdir(parents=True, exist_ok=True)
-    plot(arms, means["grid"], args.report.parent / picture)
+    if find_spec("matplotlib"):
+        plot(arms, means["grid"], args.report.parent / picture)
     figures = json.loads((base / "figures.json").read_text())
+    write_beside(args.report, {"command": command(), "machine": machine(), "base": figures, "arms": arms, "untrained": means})
     args.report.write_text(report(args, figures, arms, means, picture.as_posix()))
     print(f"wrote {args.report}")
 

@@ -6,14 +6,8 @@ python -m scripts.studies.drawings --output model_cards/reports/images/pattern.p
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.collections import PatchCollection
-from matplotlib.patches import Rectangle
-
 from hf_multipole.modeling.hierarchy import far_columns, level_count, near_offsets
+from hf_multipole.training.figures import figure
 
 TITLES = {True: "causal", False: "bidirectional"}
 
@@ -40,26 +34,26 @@ def cells(n: int, block_size: int, rank: int, causal: bool) -> dict[int, list[tu
 
 
 def draw(n: int, block_size: int, rank: int, path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.9), layout="constrained")
-    colours = plt.get_cmap("viridis")
+    from matplotlib import colormaps
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
     levels = level_count(n, block_size)
-    for axes, causal in zip(panels, (True, False)):
-        for level, found in sorted(cells(n, block_size, rank, causal).items()):
-            patches = [Rectangle((key, query), keys, queries) for query, queries, key, keys in found]
-            colour = colours(level / (levels + 0.5))
-            label = "tokens" if level == 0 else f"{rank} summaries of {block_size << (level - 1)} tokens"
-            edge = {"edgecolor": "none"} if level == 0 else {"edgecolor": "white", "linewidth": 0.5}
-            axes.add_collection(PatchCollection(patches, facecolor=colour, **edge))
-            axes.plot([], [], "s", color=colour, label=label)
-        axes.set(xlim=(0, n), ylim=(n, 0), aspect="equal", title=TITLES[causal], xlabel="key")
-        axes.set_xticks(range(0, n + 1, n // 4))
-        axes.set_yticks(range(0, n + 1, n // 4))
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("query")
-    panels[0].legend(frameon=False, loc="upper right", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    title = f"What a query sees of {n} tokens: blocks of {block_size}, {rank} summaries a group"
+    with figure(path, 2, 1, (9.6, 5.2), title) as (_, (panels,)):
+        for axes, causal in zip(panels, (True, False)):
+            for level, found in sorted(cells(n, block_size, rank, causal).items()):
+                patches = [Rectangle((key, query), keys, queries) for query, queries, key, keys in found]
+                colour = colormaps["viridis"](level / (levels + 0.5))
+                label = "tokens" if level == 0 else f"{rank} summaries of {block_size << (level - 1)} tokens"
+                edge = {"edgecolor": "none"} if level == 0 else {"edgecolor": "white", "linewidth": 0.5}
+                axes.add_collection(PatchCollection(patches, facecolor=colour, **edge))
+                axes.plot([], [], "s", color=colour, label=label)
+            axes.set(xlim=(0, n), ylim=(n, 0), aspect="equal", title=TITLES[causal], xlabel="key")
+            axes.set_xticks(range(0, n + 1, n // 4))
+            axes.set_yticks(range(0, n + 1, n // 4))
+        panels[0].set_ylabel("query")
+        panels[0].legend(frameon=False, loc="upper right", fontsize=8)
 
 
 def main() -> None:

@@ -19,13 +19,9 @@ Attention functions of scripts/common/peers.py may be named as attn_implementati
 import argparse
 import fcntl
 import itertools
-import json
-import math
 import os
 import re
-import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,8 +30,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import torch
 import yaml
 from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, TrainingArguments
@@ -45,17 +39,17 @@ import hf_multipole  # noqa: F401 (registers the multipole models)
 from hf_multipole.training import checkpoints
 from hf_multipole.training.arguments import DataArguments, MaskingArguments, ModelArguments, RunArguments, check_names
 from hf_multipole.training.errors import BAD_INPUT, one_line
-from hf_multipole.training.figures import plot_curves, plot_positions
 from hf_multipole.training.parsing import parse
-from scripts.benchmarks.tensor import machine
+from scripts.common.measuring import machine
 from scripts.common.peers import PEERS
+from scripts.common.reports import command
+from scripts.studies.language_modelling_report import results, write_report
 
 AXES = ("budgets", "contexts", "seeds")
 # What the study itself decides in every run.
 DECIDED = ("max_steps", "seed", "output_dir", "resume_from_checkpoint", "push_to_hub")
 # So many rows a step or of held-out text, at the context of base.
 ROWS_OF_TOKENS = ("per_device_train_batch_size", "eval_rows", "test_rows")
-DRAWN = 6  # rows, from the first, in the plots that have a line for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +193,16 @@ def refuse_what_cannot_run(values: dict, where: str) -> None:
     known = {*ALL_ATTENTION_FUNCTIONS.valid_keys(), "eager", *PEERS}
     if name is not None and name not in known:
         check_names([name], known, f"{where}: attn_implementation")
-    if name in PEERS and not PEERS[name].installed():
-        raise ValueError(f"{where}: {name} needs {PEERS[name].package}: pip install {PEERS[name].package}")
+
+
+def refuse_what_is_missing(runs: list[Run]) -> None:
+    """Raises ValueError where a run that is not done needs a package that is not installed, or the report does."""
+    for run in (run for run in runs if not run.done):
+        peer = PEERS.get(run.values.get("attn_implementation"))
+        if peer is not None and not peer.installed():
+            raise ValueError(f"row {run.row!r} needs {peer.package}: pip install {peer.package}, or -e '.[peers]' for all of them")
+    if not find_spec("scipy"):
+        raise ValueError("the report needs scipy: pip install -e '.[studies]'")
 
 
 def refuse_another(run: Run) -> None:
@@ -283,201 +285,6 @@ def run_all(runs: list[Run], jobs: int, collect) -> list[str]:
     return failed
 
 
-# Results
-
-
-def results(runs: list[Run]) -> list[dict]:
-    """What the runs that are done left in their figures.json."""
-    names = ("parameters", "metrics", "curve", "by_position", "seconds_per_step", "cpu_seconds_per_step", "peak_memory")
-    out = []
-    for run in (run for run in runs if run.done):
-        figures = json.loads((run.folder / "figures.json").read_text())
-        place = {"row": run.row, "budget": run.budget, "steps": run.values["max_steps"], "context": run.context, "seed": run.seed}
-        out.append(place | {name: figures[name] for name in names})
-    return out
-
-
-def student_t(freedom: int, share: float = 0.975) -> float:
-    """The value that Student's t of so many degrees of freedom stays below with that probability: the density summed, and bisection."""
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-    low, high = 0.0, 1e3
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        x = middle * torch.linspace(0, 1, 20001, dtype=torch.float64) ** 2
-        below = 0.5 + scale * torch.trapezoid((1 + x**2 / freedom) ** (-(freedom + 1) / 2), x).item()
-        low, high = (middle, high) if below < share else (low, middle)
-    return low
-
-
-def pooled(values: dict[str, list[float]]) -> tuple[float, int] | None:
-    """Standard deviation within the rows, pooled over those with two seeds or more, and its degrees of freedom.
-
-    Rows that vary by less than a fifth of what the most varying row does are left out: they are almost the same model as the one that they
-    are compared with, and say little of chance.
-    """
-    several = [row for row in values.values() if len(row) > 1]
-    most = max(map(statistics.variance, several), default=0.0)
-    several = [row for row in several if statistics.variance(row) >= most / 25]
-    freedom = sum(len(row) - 1 for row in several)
-    if not freedom:
-        return None
-    return math.sqrt(sum((len(row) - 1) * statistics.variance(row) for row in several) / freedom), freedom
-
-
-def group(found: list[dict], budget: str, context: int) -> dict[str, list[dict]]:
-    rows = {}
-    for result in found:
-        if (result["budget"], result["context"]) == (budget, context):
-            rows.setdefault(result["row"], []).append(result)
-    return rows
-
-
-def second_half(found: list[dict]) -> float:
-    """Bits a token in the second half of the context, mean over seeds."""
-    ranges = mean_positions(found)["by_position"]
-    tokens = [max(0, part["to"] - max(part["from"], ranges[-1]["to"] / 2)) for part in ranges]
-    return float(np.average([part["loss"] for part in ranges], weights=tokens)) / math.log(2)
-
-
-def last_fall(found: list[dict]) -> float | None:
-    """Share of its loss that a row lost over the last quarter of its steps; None where the curve does not say."""
-    steps, bits = ([point[name] for point in mean_curve(found)] for name in ("step", "bits"))
-    if not steps or steps[0] > 0.75 * steps[-1]:
-        return None
-    return 1 - bits[-1] / float(np.interp(0.75 * steps[-1], steps, bits))
-
-
-def differences(rows: dict[str, list[dict]], first: str, metric: str) -> dict[str, list[float]]:
-    """Of each row from the first, at equal seeds: these share their order of the text, which matters more than most rows do."""
-    of_first = {result["seed"]: result["metrics"][metric] for result in rows.get(first, ())}
-    others = {row: [result for result in found if result["seed"] in of_first] for row, found in rows.items() if row != first}
-    return {row: [result["metrics"][metric] - of_first[result["seed"]] for result in found] for row, found in others.items()}
-
-
-def table(rows: dict[str, list[dict]], first: str, metric: str) -> str:
-    """One budget and context: a line for each row, in Markdown, and how large a difference has to be."""
-    apart, lines = differences(rows, first, metric), []
-    spread = pooled(apart)
-
-    def least(seeds: int) -> float:
-        return student_t(spread[1]) * spread[0] / math.sqrt(seeds)
-
-    for row, found in rows.items():
-        values = [result["metrics"][metric] for result in found]
-        mean = statistics.mean(values)
-        cells = [row, f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(found) > 1 else ""), str(len(found)), ""]
-        if apart.get(row):
-            difference = statistics.mean(apart[row])
-            cells[-1] = f"{difference:+.4f}"
-            if spread and abs(difference) > least(len(apart[row])):
-                cells[-1] = f"**{cells[-1]}**"
-        fall = last_fall(found)
-        cells.append(f"{statistics.mean(result['metrics']['perplexity'] for result in found):.3f}")
-        cells += [f"{second_half(found):.3f}", "" if fall is None else f"{100 * fall:.1f}", f"{found[0]['parameters']:,}"]
-        for name in ("seconds_per_step", "cpu_seconds_per_step"):
-            seconds = [result[name] for result in found if result[name]]
-            cells.append(f"{statistics.median(seconds):.3g}" if seconds else "")
-        memory = [result["peak_memory"] for result in found if result["peak_memory"]]
-        lines.append(f"| {' | '.join([*cells, f'{max(memory) / 1e6:,.0f}' if memory else ''])} |")
-    head = ["row", metric.replace("_", " "), "seeds", f"against {first}", "perplexity", "second half", "last fall, %", "parameters"]
-    head += ["s a step", "CPU s a step", "peak memory, MB"]
-    text = "\n".join([f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), *lines])
-    if spread:
-        most = max(map(len, apart.values()))
-        text += f"\n\nA difference from {first} over one seed counts from {least(1):.4f} on, over {most} seeds from {least(most):.4f} on: "
-        text += f"t s / sqrt(seeds), with s = {spread[0]:.4f}, the deviation of differences within a row, pooled, and t = "
-        text += f"{student_t(spread[1]):.3f} (5 %, two-sided, {spread[1]} degrees of freedom)."
-    return text
-
-
-def mean_curve(found: list[dict]) -> list[dict]:
-    """The curve of a row, mean over its seeds, at the steps that all of them have."""
-    points = [{point["step"]: point["bits"] for point in result["curve"]} for result in found]
-    steps = sorted(set.intersection(*map(set, points)))
-    return [{"step": step, "bits": statistics.mean(one[step] for one in points)} for step in steps]
-
-
-def mean_positions(found: list[dict]) -> dict:
-    ranges = zip(*(result["by_position"] for result in found))
-    return {"by_position": [parts[0] | {"loss": statistics.mean(part["loss"] for part in parts)} for parts in ranges]}
-
-
-def plot_rows(found: list[dict], rows: list[str], metric: str, path: Path) -> None:
-    """Every run as a point: rows below each other, a panel for each context, a colour for each budget; a bar at the mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    contexts, budgets = (list(dict.fromkeys(result[axis] for result in found)) for axis in ("context", "budget"))
-    figure, panels = plt.subplots(
-        1, len(contexts), figsize=(3 + 3.6 * len(contexts), 1.4 + 0.26 * len(rows)), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axes, context in zip(panels[0], sorted(contexts)):
-        for i, budget in enumerate(budgets):
-            for row, several in group(found, budget, context).items():
-                values, place = [result["metrics"][metric] for result in several], rows.index(row)
-                axes.plot(values, [place] * len(values), "o", color=f"C{i}", markersize=4, alpha=0.6)
-                axes.plot([statistics.mean(values)], [place], "|", color=f"C{i}", markersize=12)
-        axes.set(title=f"context {context:,}", xlabel=metric.replace("_", " "))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(range(len(rows)), rows)
-    panels[0][0].invert_yaxis()
-    panels[0][-1].legend([plt.Line2D([], [], marker="o", linestyle="", color=f"C{i}") for i in range(len(budgets))], budgets, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def write_report(name: str, command: str, runs: list[Run], rows: list[str], record: dict, path: Path) -> None:
-    """The tables, and under images/ the plots."""
-    found = record["runs"]
-    masked = "mlm_probability" in runs[0].values
-    metric, unit = ("masked_accuracy", "bits per masked token") if masked else ("bits_per_byte", "bits per byte")
-    cells = list(dict.fromkeys((run.budget, run.context) for run in runs))
-    cells = [cell for cell in cells if group(found, *cell)]
-    images, sections = path.parent / "images", []
-    images.mkdir(parents=True, exist_ok=True)
-    plots = bool(find_spec("matplotlib"))
-    if plots:
-        plot_rows(found, [row for row in rows if any(result["row"] == row for result in found)], metric, images / f"{name}.png")
-        sections.append(f"![every run, and means](images/{name}.png)")
-    for budget, context in cells:
-        part = {row: several for row in rows if (several := group(found, budget, context).get(row))}
-        steps = next(iter(part.values()))[0]["steps"]
-        sections += [f"## {budget}: {steps:,} steps, context {context:,}", table(part, rows[0], metric)]
-    if plots:
-        # The longest training, at its longest context.
-        budget, context = max(cells, key=lambda cell: (next(iter(group(found, *cell).values()))[0]["steps"], cell[1]))
-        shown = {row: several for row in rows if (several := group(found, budget, context).get(row))}
-        shown = dict(itertools.islice(shown.items(), DRAWN))
-        curves = {row: curve for row, several in shown.items() if (curve := mean_curve(several))}
-        sections.append(f"## Curves: {budget}, context {context:,}")
-        if curves:
-            plot_curves(curves, {}, images / f"{name}-curves.png", unit)
-            sections.append(f"![held-out curve](images/{name}-curves.png)")
-        plot_positions({row: mean_positions(several) for row, several in shown.items()}, images / f"{name}-positions.png")
-        sections.append(f"![loss by position](images/{name}-positions.png)")
-    info = record["machine"]
-    text = f"""# Study: {name.replace("-", " ")}
-
-```bash
-{command}
-```
-
-{len(found)} of {len(runs)} runs are done, on {info["processor"]} ({info["cores"]} cores, torch {info["torch"]}). Figures are means over
-seeds ± their standard deviation, on held-out text, at the end of training. Differences are means over the seeds that both rows have; in
-bold, larger than chance makes them in 95 % of comparisons, so that of twenty rows that do not differ one is in bold. "Second half": bits a
-token in the second half of the context. "Last fall": how much of the held-out loss the last quarter of the steps took away; where that is
-little, longer training would give little. "s a step" is the median of the steps' own time, "CPU s" of their processor time, and of these
-the median over seeds; where runs share a processor, the latter compares them. Peak memory is the whole process's, or on CUDA that of the
-tensors.
-"""
-    part = path.with_name(path.name + ".part")
-    part.write_text("\n".join([text, *(section + "\n" for section in sections)]))
-    part.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="YAML file")
@@ -494,31 +301,36 @@ def main() -> None:
             raise ValueError(f"--jobs is {args.jobs}, but must be positive")
         runs, rows = plan(args.study, args.output)
     except (ValueError, OSError) as error:
-        sys.exit(f"study.py: {one_line(error)}")
+        sys.exit(f"language_modelling.py: {one_line(error)}")
     if args.list:
         for run in runs:
             print(f"{'done' if run.done else run.step or '-':>6}  {run.values['max_steps']:>6}  {run.name}")
         return print(f"{sum(run.done for run in runs)} of {len(runs)} runs are done")
+    try:
+        refuse_what_is_missing(runs)
+    except ValueError as error:
+        sys.exit(f"language_modelling.py: {error}")
 
     def collect():
-        command = shlex.join(["python", *sys.argv])
         if not any(run.done for run in runs):
             return
         with (args.output / "results.lock").open("w") as lock:
-            # Another study.py may be at it, too.
+            # Another process may be at it, too.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            record = {"study": name, "command": command, "machine": machine(), "runs": results(runs)}
+            record = {"study": name, "command": command(), "machine": machine(), "runs": results(runs)}
             checkpoints.write_json(args.output / "results.json", record)
-            write_report(name, command, runs, rows, record, args.report)
+            write_report(name, runs, rows, record, args.report)
 
     try:
         failed = run_all(runs, args.jobs, collect)
     except KeyboardInterrupt:
-        sys.exit("study.py: interrupted; the same command goes on")
+        sys.exit("language_modelling.py: interrupted; the same command goes on")
     finally:
         collect()
     if failed:
-        sys.exit("\n".join([f"study.py: {len(failed)} of {len(runs)} runs failed; the same command tries them again", *failed]))
+        sys.exit(
+            "\n".join([f"language_modelling.py: {len(failed)} of {len(runs)} runs failed; the same command tries them again", *failed])
+        )
     print(f"wrote {args.report}")
 
 

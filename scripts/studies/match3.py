@@ -13,7 +13,7 @@ import json
 import shlex
 import statistics
 import sys
-import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +25,9 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 from hf_multipole import MultipoleConfig, MultipoleForTokenClassification
 from hf_multipole.modeling.polynomial_attention import MAX_DEGREE, MAX_FEATURES
 from hf_multipole.training.checkpoints import write_json
+from hf_multipole.training.figures import colours, figure
+from scripts.common.measuring import machine, timed
+from scripts.common.reports import table, write_beside
 from scripts.studies.match3_task import best_setting, detect, draw, labels
 
 TASKS = {"match3": 3, "match2": 2}  # and the order of the attention that can do them
@@ -162,9 +165,7 @@ def step_times(kinds: list[str], settings: dict) -> dict[str, float]:
     times = {kind: [] for kind in kinds}
     for _ in range(TIMED + 1):
         for kind, model in models.items():
-            start = time.process_time()
-            logits(model, rows, settings["modulus"]).square().mean().backward()
-            times[kind].append(time.process_time() - start)
+            times[kind].append(timed("cpu", lambda model=model: logits(model, rows, settings["modulus"]).square().mean().backward())[1])
     # The first step may still have had to take memory.
     return {kind: statistics.median(of_kind[1:]) for kind, of_kind in times.items()}
 
@@ -176,8 +177,8 @@ def spread(values: list[float]) -> str:
 
 def results(runs: list[dict], settings: dict) -> str:
     """The table of the runs with these settings, and what guesses reach."""
-    lines = ["| task | attention | seeds | parameters | examples | accuracy | worst seed | balanced accuracy | CPU ms a step |"]
-    lines.append("|---|---|" + "---:|" * 7)
+    head = ["task", "attention", "seeds", "parameters", "examples", "accuracy", "worst seed", "balanced accuracy", "CPU ms a step"]
+    rows = []
     times = step_times(list(dict.fromkeys(run["kind"] for run in runs)), settings)
     for task, kind in itertools.product(TASKS, KINDS):
         figures = [run["figures"] for run in runs if (run["task"], run["kind"]) == (task, kind)]
@@ -186,21 +187,15 @@ def results(runs: list[dict], settings: dict) -> str:
             accuracy, balanced = ([100 * found[name] for found in figures] for name in ("accuracy", "balanced accuracy"))
             cells += [spread(accuracy), f"{min(accuracy):.1f} %", spread(balanced)]
             cells.append(f"{1000 * times[kind]:.0f}")
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Without looking for matches:", ""]
-    lines.append(
-        "| task | the more frequent label | by the number of different residues | the better label of each row, if it were known |"
-    )
-    lines.append("|---|---:|---:|---:|")
-    for task in dict.fromkeys(run["task"] for run in runs):
-        lines.append(f"| {task} | {' | '.join(f'{100 * value:.1f} %' for value in guesses(task, settings))} |")
-    return "\n".join(lines)
+            rows.append(cells)
+    guessed = [[task, *(f"{100 * x:.1f} %" for x in guesses(task, settings))] for task in dict.fromkeys(run["task"] for run in runs)]
+    ways = ["the more frequent label", "by the number of different residues", "the better label of each row, if it were known"]
+    return "\n\n".join([table(head, rows, 2), "Without looking for matches:", table(["task", *ways], guessed)])
 
 
 def construction() -> str:
     """For each modulus, length and margin: the least degree that makes every label certain, tried on random rows."""
-    lines = ["| modulus | n | " + " | ".join(f"margin over {margin:g}" for margin in MARGINS) + " |", "|---:|---:|" + "---|" * len(MARGINS)]
-    generator = torch.Generator().manual_seed(0)
+    found_by_size, generator = [], torch.Generator().manual_seed(0)
     for modulus, n in tqdm(list(itertools.product(MODULI, LENGTHS)), "constructed solution"):
         size = torch.randint(1, modulus, (20, 1), generator=generator)
         rows = (torch.rand(20, modulus, generator=generator).argsort(1)).gather(1, (torch.rand(20, n, generator=generator) * size).long())
@@ -214,38 +209,33 @@ def construction() -> str:
             if not torch.equal(found, labels(rows, modulus)):
                 sys.exit(f"modulus {modulus}, n {n}: labels are wrong that the certificate says are certain")
             cells.append(f"{chosen.degree} ({chosen.features:,}), {chosen.score_bound:.2g}, {chosen.delta:.1g}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        found_by_size.append(cells)
+    return table(["modulus", "n", *(f"margin over {margin:g}" for margin in MARGINS)], found_by_size, 0)
 
 
 def plot(groups: list[tuple[dict, list[dict]]], path: Path) -> None:
     """Accuracy against examples, a panel for each task and each of the settings, a line for each run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [
         (f"{task}, modulo {settings['modulus']}", [run for run in runs if run["task"] == task])
         for settings, runs in groups
         for task in TASKS
         if any(run["task"] == task for run in runs)
     ]
-    figure, plots = plt.subplots(1, len(panels), figsize=(0.4 + 3.6 * len(panels), 3.6), layout="constrained", sharey=True, squeeze=False)
-    for axes, (title, runs) in zip(plots[0], panels):
-        for i, kind in enumerate(KINDS):
-            for number, run in enumerate(run for run in runs if run["kind"] == kind):
+    title, shades = "Accuracy on held-out rows during training; a line for each seed", colours(KINDS)
+    with figure(path, len(panels), 1, (0.4 + 3.6 * len(panels), 4.2), title, sharey=True) as (picture, (plots,)):
+        for axes, (panel, runs) in zip(plots, panels):
+            for run in runs:
                 points = [(point["examples"], point["accuracy"]) for point in run["figures"]["curve"]]
-                axes.plot(*zip(*points), color=f"C{i}", linewidth=1.2, alpha=0.8, label=None if number else kind)
-        axes.set(xlabel="examples", title=title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
-    plots[0][0].set(ylabel="accuracy on held-out rows")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+                axes.plot(*zip(*points), color=shades[run["kind"]], linewidth=1.2, alpha=0.8)
+            axes.set(xlabel="examples", title=panel)
+            axes.locator_params(axis="x", nbins=5)
+        plots[0].set(ylabel="accuracy")
+        drawn = [kind for kind in KINDS if any(run["kind"] == kind for _, runs in panels for run in runs)]
+        lines = [plots[0].plot([], [], color=shades[kind])[0] for kind in drawn]
+        picture.legend(lines, drawn, loc="outside lower center", ncols=len(drawn), frameon=False)
 
 
-def command(output: Path, settings: dict, runs: list[dict], defaults: dict) -> str:
+def command_of(output: Path, settings: dict, runs: list[dict], defaults: dict) -> str:
     """What makes these runs."""
     chosen = settings | {
         "tasks": [task for task in TASKS if any(run["task"] == task for run in runs)],
@@ -259,7 +249,7 @@ def command(output: Path, settings: dict, runs: list[dict], defaults: dict) -> s
 
 
 def report(o, groups: list[tuple[dict, list[dict]]], picture: str) -> str:
-    commands = "\n".join(command(o.output, settings, runs, o.defaults) for settings, runs in groups)
+    commands = "\n".join(command_of(o.output, settings, runs, o.defaults) for settings, runs in groups)
     studies = "\n\n".join(
         f"### Modulo {settings['modulus']}, rows of {settings['lengths'][0]} to {settings['lengths'][1]}\n\n"
         f"Width {settings['hidden_size']}; batches of {settings['batch_size']}, the first {settings['short_steps']} of {settings['steps']} "
@@ -387,7 +377,9 @@ def main(arguments) -> None:
         groups.sort(key=lambda group: -group[0]["modulus"])
         picture = Path("images") / f"{o.report.stem}.png"
         (o.report.parent / "images").mkdir(parents=True, exist_ok=True)
-        plot(groups, o.report.parent / picture)
+        if find_spec("matplotlib"):
+            plot(groups, o.report.parent / picture)
+        write_beside(o.report, {"machine": machine(), "runs": [run for _, runs in groups for run in runs]})
         o.report.write_text(report(o, groups, picture.as_posix()))
         print(f"wrote {o.report}")
 

@@ -16,6 +16,7 @@ import shlex
 import statistics
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.figures import plot_reach
 from hf_multipole.training.report import write_figures
 from scripts.common import peers
+from scripts.common.measuring import machine
+from scripts.common.reports import table, write_beside
 from scripts.studies.recall_tasks import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw, item_counts
 
 BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
@@ -259,10 +262,6 @@ def pooled(points: list[dict], low: int, high: int) -> str:
     return f"{100 * share:.0f} ± {100 * math.hypot(*(p['error'] * p['items'] for p in inside)) / items:.0f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
-
-
 def named(run: Run, seeds: set[int]) -> str:
     return run.kind if len(seeds) == 1 else f"{run.kind}, seed {run.seed}"
 
@@ -281,7 +280,8 @@ def report(output: Path, path: Path) -> str:
         picture = Path("images") / f"{path.stem}-{task}.png"
         probes = {named(run, seeds): {str(n): file["recall"] for n, file in by.items()} for run, by in measured.items() if run.task == task}
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
-        plot_reach(probes, path.parent / picture)
+        if find_spec("matplotlib"):
+            plot_reach(probes, path.parent / picture)
         rows = [
             [name, f"{int(n):,}", *(pooled(points, *band) for band in bands)] for name, by in probes.items() for n, points in by.items()
         ]
@@ -418,6 +418,8 @@ def main(arguments) -> None:
         study(run, run.folder(o.output), o.only, settings)
     if o.report is not None:
         write_figures(o.report, "Recall: what small models find again, and how far back", report(o.output, o.report))
+        runs = [json.loads(path.read_text()) for path in sorted(o.output.glob("*/*.json"))]
+        write_beside(o.report, {"machine": machine(), "runs": runs})
         print(f"wrote {o.report}")
 
 

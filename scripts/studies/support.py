@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import transformers
@@ -17,6 +18,8 @@ from transformers import CONFIG_MAPPING
 
 import hf_multipole
 from hf_multipole.training.checkpoints import write_json
+from hf_multipole.training.figures import figure
+from scripts.common.reports import table
 from scripts.studies.support_trials import try_architecture
 
 EXPLANATION = """Each architecture was built small, with random weights in float64 (float32 where its experts have no float64), 75
@@ -28,15 +31,35 @@ tokens as on the cache of all keys. *Convert*: `convert` leaves the first output
 saved checkpoint."""
 
 
-def table(results: dict[str, dict]) -> str:
-    rows = ["| model type | direction | layers: multipole + window | state | convert |", "|---|---|---|---|---|"]
+def runs(results: dict[str, dict]) -> str:
+    rows = []
     for name, found in results.items():
         if found["status"] == "runs":
             layers = f"{found['multipole layers']} + {found['window layers']}"
-            state = found.get("state", "-")
-            row = (name, "causal" if found["causal"] else "bidirectional", layers, state, found.get("convert", "not known to it"))
-            rows.append("| " + " | ".join(row) + " |")
-    return "\n".join(rows)
+            causal = "causal" if found["causal"] else "bidirectional"
+            rows.append([name, causal, layers, found.get("state", "-"), found.get("convert", "not known to it")])
+    return table(["model type", "direction", "layers: multipole + window", "state", "convert"], rows, 5)
+
+
+def draw(results: dict[str, dict], path: Path) -> None:
+    """How many architectures there are of each status."""
+    kinds = {"runs, causal": ("runs", True), "runs, bidirectional": ("runs", False), "refused with a reason": ("refused", None)}
+    kinds |= {"fails in its own code": ("fails", None), "wrong": ("wrong", None), "not tried": ("not tried", None)}
+    counts = {
+        name: sum(found["status"] == status and causal in (None, found.get("causal")) for found in results.values())
+        for name, (status, causal) in kinds.items()
+    }
+    counts = {name: count for name, count in counts.items() if count}
+    with figure(path, size=(8, 0.9 + 0.33 * len(counts))) as (_, ((axes,),)):
+        bars = axes.barh(list(counts), list(counts.values()), height=0.7)
+        for bar, name in zip(bars, counts):
+            bar.set_color({"runs": "#1f77b4", "refused": "#ff7f0e", "fails": "#d62728", "wrong": "#d62728"}.get(kinds[name][0], "0.75"))
+        axes.bar_label(bars, padding=4)
+        axes.invert_yaxis()
+        axes.set(
+            xlabel="architectures", title=f'Architectures of Transformers {transformers.__version__} with attn_implementation="multipole"'
+        )
+        axes.title.set_fontsize(10)
 
 
 def reasons(results: dict[str, dict], status: str) -> str:
@@ -81,7 +104,7 @@ python -m scripts.studies.support --output {args.output}
 
 {EXPLANATION}
 
-{table(results)}
+{runs(results)}
 
 ## Refused
 
@@ -100,6 +123,8 @@ python -m scripts.studies.support --output {args.output}
 {reasons(results, "not tried")}
 """
     )
+    if find_spec("matplotlib"):
+        draw(results, args.output.parent / "images" / f"{args.output.stem}.png")
     print(f"wrote {args.output}: {count}")
 
 

@@ -43,9 +43,9 @@ def test_script(checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text("Words and numbers: 12, 3. " * 40)
     arguments = ["--models", checkpoint, "--file", "text.txt", "--context", 64, "--rows", 3, "--output", "out"]
     printed = run("scripts.studies.ablations", *arguments, cwd=tmp_path)
-    (record,) = json.loads((tmp_path / "out" / "far-field.json").read_text())["models"]
+    (record,) = json.loads((tmp_path / "out" / "ablations.json").read_text())["models"]
     assert "| lost |" in printed and len(record["without_level"]) == 2 and len(record["weights"]) == 2
-    assert (tmp_path / "out" / "far-field.md").read_text().strip() in printed
+    assert (tmp_path / "out" / "ablations.md").read_text().strip() in printed
     assert "but 99 were asked for" in run("scripts.studies.ablations", *arguments[:-3], 99, "--output", "other", cwd=tmp_path, fails=True)
     for context in (16, 1024):  # no far level, and more of them than a model for 256 tokens has biases for
         short = [context if x == 64 else x for x in arguments]

@@ -170,6 +170,20 @@ def test_benchmark_and_plan(tmp_path):
     assert 3 * 4 * 2**20 * 524288.5 * 128 * 32 / (0.6 * 989e12) == pytest.approx(45.5, abs=0.1) and "| 45.5 s |" in text
 
 
+def test_what_was_not_run_is_marked(tmp_path):
+    """Without time for more, the first call counts, and says so; beyond, exact attention is extrapolated, and every cell of it has a ~."""
+    sizes = ["--heads", 2, "--head-dim", 8, "--block-size", 8, "--rank", 2, "--threads", 1, "--no-memory", "--output", "out"]
+    budget = ["--lengths", 64, 256, "--methods", "sdpa", "near", "--max-seconds-per-method", 1e-9]
+    run("scripts.benchmarks.attention", *sizes, *budget, cwd=tmp_path)
+    first, _, scaled, left_out = json.loads((tmp_path / "out" / "benchmark.json").read_text())["results"]
+    assert [len(x) for x in first["samples"].values()] == [1, 1] and "the first call alone" in first["note"]
+    assert scaled["both"]["median"] == pytest.approx(16 * first["both"]["median"], rel=1e-5) and "samples" not in scaled
+    assert "left out" in left_out["note"]
+    rows = {tuple(line.split(" | ")[:3]): line for line in (tmp_path / "out" / "benchmark.md").read_text().splitlines()}
+    cells = rows["| 256", "1", "sdpa"].strip("| ").split(" | ")[3:]
+    assert [cell[0] for cell in cells[:9]] == ["~"] * 9 and not any("~" in cell for cell in rows["| 64", "1", "sdpa"])
+
+
 @pytest.mark.parametrize(
     "script, arguments, message",
     [

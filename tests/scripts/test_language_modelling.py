@@ -13,7 +13,9 @@ import yaml
 
 from hf_multipole.training import checkpoints
 from scripts.common import peers
+from scripts.common.measuring import machine
 from scripts.studies import language_modelling as study
+from scripts.studies import language_modelling_report as report
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.training_runs import write_texts
 
@@ -134,10 +136,16 @@ def test_refused_before_anything_runs(tmp_path, changed, message):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_studies_of_this_repository(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(peers.Peer, "installed", lambda peer: True)
+    """They can be listed without the packages that some rows need; to run one, the package that is missing is named."""
+    monkeypatch.setattr(peers.Peer, "installed", lambda peer: peer.package is None)
     runs, _ = study.plan(path, tmp_path)
     assert {"multipole", "near field only", "full attention"} <= {run.row for run in runs}
     assert len({run.folder for run in runs}) == len(runs)
+    needing = [run for run in runs if run.values.get("attn_implementation") == "peer_local"]
+    if needing:
+        with pytest.raises(ValueError, match="row 'local attention' needs local-attention: pip install"):
+            study.refuse_what_is_missing(needing)
+    study.refuse_what_is_missing([run for run in runs if run.values.get("attn_implementation", "peer_linear") == "peer_linear"])
 
 
 def test_a_row_that_changed_is_refused(tmp_path):
@@ -151,7 +159,7 @@ def test_a_row_that_changed_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("freedom", "value"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (10, 2.2281), (100, 1.9840)])
 def test_student_t(freedom, value):
-    assert study.student_t(freedom) == pytest.approx(value, rel=1e-4)
+    assert report.t_of(freedom) == pytest.approx(value, rel=1e-4)
 
 
 def test_what_can_be_told_apart(tmp_path):
@@ -164,13 +172,13 @@ def test_what_can_be_told_apart(tmp_path):
         row: [{"seed": i, "metrics": {"bits_per_byte": x, "perplexity": 2 * x}} | common for i, x in enumerate(several)]
         for row, several in values.items()
     }
-    apart = study.differences(rows, "first", "bits_per_byte")
+    apart = report.differences(rows, "first", "bits_per_byte")
     expected = {"near": [0.01, 0.03, 0.02], "far": [0.05], "apart": [1.0, 1.02, 1.0], "same": [0.001] * 3}
     assert apart == {row: pytest.approx(several) for row, several in expected.items()}
     # Variances of near and apart; "same" does not vary at all, and is left out.
     s = math.sqrt((2 * 0.01**2 + 2 * 0.02**2 / 3) / 4)
-    assert study.pooled(apart) == (pytest.approx(s), 4)
-    text = study.table(rows, "first", "bits_per_byte")
+    assert report.pooled(apart) == (pytest.approx(s), 4)
+    text = report.comparison(rows, "first", "bits_per_byte")
     one, three = 2.77645 * s, 2.77645 * s / math.sqrt(3)
     assert f"over one seed counts from {one:.4f} on, over 3 seeds from {three:.4f} on" in text and "4 degrees of freedom" in text
     assert "| near | 1.1200 ± 0.1054 | 3 | **+0.0200** |" in text
@@ -178,9 +186,9 @@ def test_what_can_be_told_apart(tmp_path):
         f"| far | 1.0500 | 1 | **+0.0500** | 2.100 | {2.5 / math.log(2):.3f} | {100 * (1 - 1.4 / 1.8):.1f} | 10 | 0.5 | 0.4 | 2 |" in text
     )
     rows |= {"near": rows["near"][1:2], "apart": rows["apart"][:1], "same": rows["same"][:1]}
-    assert "counts from" not in study.table(rows, "first", "bits_per_byte")
+    assert "counts from" not in report.comparison(rows, "first", "bits_per_byte")
     rows["first"] = rows["first"][2:]
-    assert "| near | 1.1300 | 1 |  |" in study.table(rows, "first", "bits_per_byte")  # no seed in common
+    assert "| near | 1.1300 | 1 |  |" in report.comparison(rows, "first", "bits_per_byte")  # no seed in common
 
 
 def test_the_report_of_a_masked_study(tmp_path):
@@ -202,8 +210,9 @@ def test_the_report_of_a_masked_study(tmp_path):
         }
         figures |= {"curve": [{"step": 3, "bits": 2.0}], "by_position": [{"from": 0, "to": run.context, "loss": 1.0}]}
         (run.folder / "figures.json").write_text(json.dumps(figures))
-    record = {"machine": study.machine(), "runs": study.results(runs)}
-    study.write_report("mini", "python -m scripts.studies.language_modelling mini.yaml", runs, rows, record, tmp_path / "mini.md")
+    record = {"command": "python -m scripts.studies.language_modelling mini.yaml", "machine": machine(), "runs": report.results(runs)}
+    report.write_report("mini", runs, rows, record, tmp_path / "mini.md")
+    assert json.loads((tmp_path / "mini.json").read_text())["runs"][0]["metrics"] == record["runs"][0]["metrics"]
     text = (tmp_path / "mini.md").read_text()
     assert text.count("| multipole | 0.5500 ± 0.0707 | 2 |  | 2.200 | 1.443 |  | 10 |  |  |  |") == 2
     assert "6 of 16 runs are done" in text and "## long" not in text

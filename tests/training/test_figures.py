@@ -68,6 +68,9 @@ def test_a_method_has_one_colour():
     )
     for names in (exact, multipole, window, linear):
         assert len({figures.colours(["other", name])[name] for name in names}) == 1
+    (exact,), (other,) = (figures.colours([name]).values() for name in ("sdpa-bidirectional", "multipole-direct"))
+    assert exact == figures.colours(["sdpa"])["sdpa"] != other
+    assert len(set(figures.colours(["near", "linear", "multipole-linear", "local"]).values())) == 4
     together = figures.colours(["multipole", "multipole, rank 16", "multipole, O(n)", "linear attention", "full attention", "other"])
     assert len(set(together.values())) == 6
 
