@@ -63,7 +63,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
     """Seconds of a step and bytes of the state, of each kind, with ``context`` tokens behind in each of ``batch`` rows."""
     torch.manual_seed(0)
     key_summary, value_summary = (HierarchicalSummary(o.block_size, o.rank, o.heads, o.head_dim) for _ in range(2))
-    call = Call(MultipoleOptions(block_size=o.block_size, rank=o.rank), key_summary, value_summary)
+    learned = Call(MultipoleOptions(block_size=o.block_size, rank=o.rank), key_summary, value_summary)
     chunk = min(context, 16384)
     keys, values = (torch.empty(1, o.heads, context, o.head_dim) for _ in range(2))
     token = torch.randn(1, o.heads, 1, o.head_dim)
@@ -75,7 +75,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
         for x in (keys, values):
             x[:, :, part].normal_()
         for state in states.values():
-            state.attend(*(x[:, :, part] for x in (values, keys, values)), [NewTokens(0, part.stop - start)], call)
+            state.attend(*(x[:, :, part] for x in (values, keys, values)), [NewTokens(0, part.stop - start)], learned)
         bar.update(part.stop - start)
     for state in states.values():
         state.select(torch.zeros(batch, dtype=torch.long))  # the same row again and again, each in its own memory
@@ -91,7 +91,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
         at = (at + 1) % ring[0].shape[2]
         return F.scaled_dot_product_attention(token, *ring)
 
-    calls = {kind: (lambda state=state: state.attend(token, token, token, new, call)) for kind, state in states.items()}
+    calls = {kind: (lambda state=state: state.attend(token, token, token, new, learned)) for kind, state in states.items()}
     calls |= {"local": local, "linear": lambda: peers.linear_step(token, token, token, sums)}
     calls["full"] = lambda: F.scaled_dot_product_attention(token, keys, values)
     counts = dict.fromkeys(calls, 2 * o.block_size) | {"full": max(1, min(64, 2**22 // (context * batch)))}
