@@ -80,6 +80,31 @@ def test_a_report_begins_with_three_findings_and_a_picture(page):
     assert re.fullmatch(r"!\[[^\]]+\]\([^)]+\)", picture)
 
 
+# The map of the package
+
+
+def test_the_map_of_the_package_is_complete():
+    page = (ROOT / "hf_multipole" / "README.md").read_text()
+    tree, table = (page.split("\n## The map\n")[1].split("\n## ")[0].split("```")[i] for i in (1, 2))
+    folder = ROOT / "hf_multipole"
+    rooms = {path.name + "/" for path in folder.iterdir() if path.is_dir() and any(path.glob("[!_]*"))}
+    assert set(re.findall(r"^  (\w+/)", tree, re.MULTILINE)) == rooms
+    named = re.findall(r"\w+", " ".join(re.findall(r"^\| ([a-z_, ]+) \|", table, re.MULTILINE)).replace("files", ""))
+    assert sorted(named) == sorted(path.stem for path in folder.glob("modeling/[!_]*.py"))
+
+
+def test_the_path_of_a_forward_names_what_there_is():
+    page = (ROOT / "hf_multipole" / "README.md").read_text()
+    path = page.split("\n## The path of one forward\n")[1].split("\n## ")[0]
+    files = {file.stem: file.read_text() for file in (ROOT / "hf_multipole" / "modeling").glob("*.py")}
+    steps = re.findall(r"^\d\. \*\*(\w+)\*\*(?:, `([\w.]+)`)?", path, re.MULTILINE)
+    assert len(steps) == 6
+    for file, function in steps:
+        assert re.search(rf"(def |^){function.rpartition('.')[2]}\b", files[file], re.MULTILINE), (file, function)
+    for function in re.findall(r"`(\w+)`", path.partition("Other forwards")[2]):
+        assert any(f"def {function}(" in text for text in files.values()), function
+
+
 # Snippets
 
 
