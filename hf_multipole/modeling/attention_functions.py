@@ -155,7 +155,7 @@ def _is_exact(module) -> bool:
 def exact_attention(q, k, v, mask, causal, dropout, scale, softcap, output_attentions):
     """Exact attention ``(batch, queries, heads, value_dim)``, and its weights if asked for.
 
-    mask: ``(batch or 1, 1, queries, keys)`` bool, True where a query sees a key; None for all, or for what ``causal`` says.
+    mask: ``(batch or 1, 1, queries, n)`` bool, True where a query sees a key; None for all, or for what ``causal`` says.
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if softcap is None and not output_attentions:

@@ -48,8 +48,8 @@ class MultipoleMask(_Opaque):
     queries: int  # new tokens in a row
     length: int | None  # tokens in a row of keys; None where only a compiled step on a state will use it
     block_size: int
-    attention_mask: torch.Tensor | None = None  # (batch, length) bool; None where there is no padding
-    segment_ids: torch.Tensor | None = None  # (batch, length): documents of packed rows
+    attention_mask: torch.Tensor | None = None  # (batch, n) bool; None where there is no padding
+    segment_ids: torch.Tensor | None = None  # (batch, n): documents of packed rows
     position_ids: torch.Tensor | None = None  # (batch or 1, queries)
 
     def to(self, *args, **kwargs) -> "MultipoleMask":
@@ -89,13 +89,13 @@ class MultipoleMask(_Opaque):
 
     @property
     def documents(self) -> torch.Tensor | None:
-        """For tensor layers: numbers of documents, -1 at padding, ``(batch, length)``; None where a row is one document."""
+        """For tensor layers: numbers of documents, -1 at padding, ``(batch, n)``; None where a row is one document."""
         if self._documents is None:
             self._documents = document_numbers(self.attention_mask, self.segment_ids)
         return self._documents
 
     def pairs(self, device: torch.device) -> torch.Tensor | None:
-        """``(batch or 1, 1, queries, length)`` bool for layers with exact attention, True where a query sees a key; None where
+        """``(batch or 1, 1, queries, n)`` bool for layers with exact attention, True where a query sees a key; None where
         all is seen, or what ``is_causal`` says.
         """
         if self.attention_mask is None and self.segment_ids is None and (not self.causal or self.queries == self.length):
@@ -169,7 +169,7 @@ class MultipoleMask(_Opaque):
 class WindowMask(_Opaque):
     """Mask of the layers of a model that see a window only, which is cheap: they stay exact."""
 
-    mask: torch.Tensor  # (batch, 1, queries, keys) bool, True where a query sees a key
+    mask: torch.Tensor  # (batch, 1, queries, n) bool, True where a query sees a key
 
     def to(self, *args, **kwargs) -> "WindowMask":
         return replace(self, mask=self.mask.to(*args, **kwargs))

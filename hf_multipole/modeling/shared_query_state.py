@@ -62,7 +62,7 @@ class LinearState(MultipoleState):
         return (self.layout.block_size << level) // self.layout.rank
 
     def _keep_segments(self, rows, level: int, last: int, far: torch.Tensor) -> None:
-        """Keeps the newest of the segments ``(rows, heads, segments, value_dim + 1)`` that end before segment ``last``."""
+        """Keeps the newest of the segments ``(batch, heads, segments, value_dim + 1)`` that end before segment ``last``."""
         far = far.detach()[:, :, -self.segments :]
         slots = torch.arange(last - far.shape[2], last, device=far.device) % self.segments
         if rows is None:

@@ -17,17 +17,17 @@ class Grid(NamedTuple):
 
     rows: torch.Tensor | None  # their numbers in the batch, or None for all
     past: int  # tokens behind the new ones
-    new: torch.Tensor  # (rows, heads, n, dim), the new queries alone
-    q: torch.Tensor  # (rows, heads, slots, dim)
-    k: torch.Tensor  # (rows, kv_heads, slots, dim)
-    v: torch.Tensor  # (rows, kv_heads, slots, value_dim)
-    far_k: list[torch.Tensor]  # (rows, kv_heads, groups * rank, dim) of each level
+    new: torch.Tensor  # (batch, heads, n, dim), the new queries alone
+    q: torch.Tensor  # (batch, heads, slots, dim)
+    k: torch.Tensor  # (batch, kv_heads, slots, dim)
+    v: torch.Tensor  # (batch, kv_heads, slots, value_dim)
+    far_k: list[torch.Tensor]  # (batch, kv_heads, groups * rank, dim) of each level
     far_v: list[torch.Tensor]
     begins: list[int]  # the first of these groups, of each level
 
 
 def attend_grid(grid: Grid, layout: Layout, call: Call, kernels: bool) -> torch.Tensor:
-    """Attention in the blocks of a grid, ``(rows, heads, slots, value_dim)``."""
+    """Attention in the blocks of a grid, ``(batch, heads, slots, value_dim)``."""
     m, rank, device = layout.block_size, layout.rank, grid.q.device
     first, n = max(0, grid.past // m - 1), grid.past + grid.new.shape[2]
     counts = [groups.shape[2] // rank for groups in grid.far_k]
@@ -74,7 +74,7 @@ class StepBias:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _visible(self, past: list[int], rings: Rings, heads: int, call: Call) -> torch.Tensor:
-        """``(rows, heads, slots)``."""
+        """``(batch, heads, slots)``."""
         layout, device, dtype = self.layout, rings.slots.device, rings.slots.dtype
         near, seen = layout.seen(torch.tensor(past, device=device), rings.levels)
         near = torch.where(near, 0.0, -torch.inf).to(dtype)[:, None].expand(-1, heads, -1)

@@ -49,8 +49,8 @@ class Layout:
         return (self.slots(level) + group * self.rank + torch.arange(self.rank, device=device)).flatten()
 
     def seen(self, past: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the token after ``past`` ``(rows,)`` others sees, bool: of the ring of tokens ``(rows, ring)``, and of those of groups,
-        level after level, ``(rows, levels * groups)``.
+        """What the token after ``past`` ``(batch,)`` others sees, bool: of the ring of tokens ``(batch, ring)``, and of those of groups,
+        level after level, ``(batch, levels * groups)``.
         """
         last, m = past[:, None], self.block_size
         token = last - (last - torch.arange(self.ring, device=past.device)) % self.ring
@@ -75,27 +75,27 @@ class Rings:
         return (self.slots.shape[2] - self.layout.ring) // (self.layout.groups * self.layout.rank)
 
     def tokens(self, rows: torch.Tensor | None, tokens: range) -> torch.Tensor:
-        """``(rows, kv_heads, tokens, dim)``."""
+        """``(batch, kv_heads, tokens, dim)``."""
         return self._read(rows, self.layout.of_tokens(tokens, self.slots.device))
 
     def groups(self, rows: torch.Tensor | None, level: int, groups: range) -> torch.Tensor:
-        """Summaries of groups of one level, ``(rows, kv_heads, groups * rank, dim)``."""
+        """Summaries of groups of one level, ``(batch, kv_heads, groups * rank, dim)``."""
         return self._read(rows, self.layout.of_groups(level, groups, self.slots.device))
 
     def keep_tokens(self, rows: torch.Tensor | None, last: int, x: torch.Tensor) -> None:
-        """Keeps the newest of the tokens ``(rows, kv_heads, tokens, dim)`` that end before token ``last``."""
+        """Keeps the newest of the tokens ``(batch, kv_heads, tokens, dim)`` that end before token ``last``."""
         count = min(x.shape[2], self.layout.ring)
         slots = self.layout.of_tokens(range(last - count, last), self.slots.device)
         self._write(rows, slots, x[:, :, x.shape[2] - count :])
 
     def keep_groups(self, rows: torch.Tensor | None, level: int, last: int, groups: torch.Tensor) -> None:
-        """Keeps the newest of the groups ``(rows, kv_heads, groups, rank, dim)`` of one level that end before group ``last``."""
+        """Keeps the newest of the groups ``(batch, kv_heads, groups, rank, dim)`` of one level that end before group ``last``."""
         count = min(groups.shape[2], self.layout.groups)
         slots = self.layout.of_groups(level, range(last - count, last), self.slots.device)
         self._write(rows, slots, groups[:, :, groups.shape[2] - count :].flatten(2, 3))
 
     def sums_after(self, rows: torch.Tensor | None, blocks: int) -> torch.Tensor:
-        """Sums after so many blocks, ``(rows, kv_heads, levels, rank, dim)``."""
+        """Sums after so many blocks, ``(batch, kv_heads, levels, rank, dim)``."""
         sums = self.sums[blocks % len(self.sums)]
         return sums if rows is None else sums[rows]
 

@@ -27,7 +27,7 @@ class Summariser(NamedTuple):
     origins: list[int] | None = None  # with rotary: position id of the first token of each row of the batch
 
     def extend(self, rows: torch.Tensor | None, tokens: torch.Tensor, block: int) -> Finished:
-        """Summarises the whole blocks of ``tokens`` ``(rows, kv_heads, n, dim)``, of which the first is ``block``."""
+        """Summarises the whole blocks of ``tokens`` ``(batch, kv_heads, n, dim)``, of which the first is ``block``."""
         blocks, plain = block + tokens.shape[2] // self.rings.layout.block_size, self._plain(tokens)
         groups, sums = [], []
         if self.rings.levels and self.rings.sums is None:
@@ -78,7 +78,7 @@ class Summariser(NamedTuple):
         return x if self.rotary is None else x.chunk(2, -1)[1]
 
     def _groups(self, rows, level: int, groups: range) -> torch.Tensor:
-        """Kept groups of one level as they were summarised, ``(rows, kv_heads, groups, rank, dim)``."""
+        """Kept groups of one level as they were summarised, ``(batch, kv_heads, groups, rank, dim)``."""
         return self._plain(self.rings.groups(rows, level, groups)).unflatten(2, (-1, self.rings.layout.rank))
 
     def _placed(self, rows, level: int, last: int, groups: torch.Tensor) -> torch.Tensor:

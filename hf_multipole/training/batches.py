@@ -8,13 +8,13 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBas
 
 
 def restart(positions: torch.Tensor) -> torch.Tensor:
-    """Positions ``(rows, n)`` of tokens in their texts, counted from the start of the row where a text began before it."""
+    """Positions ``(batch, n)`` of tokens in their texts, counted from the start of the row where a text began before it."""
     tokens = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     return tokens - torch.where(positions == 0, tokens, 0).cummax(1).values
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``labels`` ``(rows, n)`` for next-token prediction, and ``position_ids`` where the rows have them: texts
+    """``input_ids`` and ``labels`` ``(batch, n)`` for next-token prediction, and ``position_ids`` where the rows have them: texts
     then start at 0, and their first tokens are not predicted from the text before (label -100).
     """
     batch = {

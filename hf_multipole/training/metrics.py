@@ -102,10 +102,10 @@ def _accuracy(predictions, references) -> float:
 
 
 def row_figures(logits: torch.Tensor, labels: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the metrics are made of, for the logits ``(rows, n, vocabulary)`` and labels ``(rows, n)`` of a model.
+    """What the metrics are made of, for the logits ``(batch, n, vocabulary)`` and labels ``(batch, n)`` of a model.
 
-    Returns the cross-entropy of each token's label in nats, ``(rows, n)`` float32, 0 where the label is -100, and the most likely
-    tokens ``(rows, n)``. For a causal model the loss of a label stands at the label, not at the token that predicts it.
+    Returns the cross-entropy of each token's label in nats, ``(batch, n)`` float32, 0 where the label is -100, and the most likely
+    tokens ``(batch, n)``. For a causal model the loss of a label stands at the label, not at the token that predicts it.
     """
     scores, targets = (logits[:, :-1], labels[:, 1:]) if causal else (logits, labels)
     nats = torch.nn.functional.cross_entropy(scores.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
@@ -118,7 +118,7 @@ def row_figures(logits: torch.Tensor, labels: torch.Tensor, causal: bool) -> tup
 def summarise(nats: np.ndarray, predictions: np.ndarray, labels: np.ndarray, token_bytes: np.ndarray, causal: bool) -> dict[str, float]:
     """All metrics of some rows, and their mean loss (nats a token) as ``mean_loss``.
 
-    nats, predictions, labels: ``(rows, n)`` as of :func:`row_figures`. token_bytes: ``(rows, n)`` bytes of text of each token.
+    nats, predictions, labels: ``(batch, n)`` as of :func:`row_figures`. token_bytes: ``(batch, n)`` bytes of text of each token.
     """
     if causal:
         labels = labels.copy()
