@@ -10,13 +10,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from .attention_masks import MultipoleMask, TensorMask, WindowMask, asked_for, multipole_mask, refuse_cross_attention
+from .calls import Call
 from .configuration_multipole import has_tensor_options, multipole_options
 from .hierarchy import level_count, real_tokens
 from .learned import trained_length, trained_levels
 from .multipole_attention import aligned_attention
 from .multipole_cache import NO_DROPOUT, OUT_OF_STEP, numbered
-from .multipole_rows import Call
-from .summaries import compute_dtype
 from .tensor_attention import check_dropout, document_attention
 
 logger = logging.get_logger(__name__)
@@ -168,7 +167,7 @@ def exact_attention(q, k, v, mask, causal, dropout, scale, softcap, output_atten
     logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1, dtype=compute_dtype(q.dtype)).to(q.dtype)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     # A padding query sees nothing.
     weights = nn.functional.dropout(weights.masked_fill(~mask, 0), dropout)
     return (weights @ v).transpose(1, 2).contiguous(), weights
@@ -198,7 +197,8 @@ def _check_call(query, mask: MultipoleMask, is_causal=None, cu_seq_lens_q=None, 
             "packed rows need position_ids that start anew with each document beside cu_seq_lens_q, no attention_mask and "
             "use_cache=False; or give each document its own row"
         )
-    mask.check_positions(position_ids)
+    if position_ids is not None:
+        mask.check_positions(position_ids)
 
 
 def _checked_mask(module, query, key, mask, past, kwargs: dict) -> MultipoleMask:
@@ -322,7 +322,7 @@ def _attend_sums(module, layer, query, key, value, mask: MultipoleMask) -> torch
     """Attention on the sums that a cache layer keeps."""
     if mask.length != layer.get_seq_length() + query.shape[2]:
         raise ValueError(OUT_OF_STEP)
-    wide = compute_dtype(query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
     keys, values = (torch.stack(x.chunk(module.indices, 1)).to(wide) for x in (key, value))
     out = layer.attend(query.to(wide), keys, values, mask.new_tokens, module.approximation(query.dtype))
     return out.to(query.dtype)

@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 from .hierarchy import level_count
 from .options import MultipoleOptions
-from .summaries import DirectSummary, HierarchicalSummary, MeanSummary, compute_dtype
+from .summaries import DirectSummary, HierarchicalSummary, MeanSummary
 
 
 def trained_length(attention: nn.Module) -> int | None:
@@ -113,5 +113,9 @@ class FarField(LearnedPart):
                 used += summary.levels[:levels]
             elif isinstance(summary, HierarchicalSummary):
                 used += [summary.tokens, summary.merge][:levels]
-        unused = [x.sum(dtype=compute_dtype(x.dtype)) for x in self.parameters() if x.requires_grad and not any(x is y for y in used)]
+        unused = [
+            x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
+            for x in self.parameters()
+            if x.requires_grad and not any(x is y for y in used)
+        ]
         return out + (0 * torch.stack(unused).sum()).to(out.dtype) if unused else out

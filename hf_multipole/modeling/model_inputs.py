@@ -29,7 +29,8 @@ class ModelInputs(NamedTuple):
     """What the layers of a model share in one forward."""
 
     position_ids: torch.Tensor  # (batch or 1, queries)
-    masks: dict[str, object]  # by the attention function that takes them
+    implementations: list[str]  # the attention function of each layer, by its name
+    masks: dict[str, object]  # of each of these
     past_key_values: Cache | None
     centres: list[torch.Tensor] | None  # positions of summaries that are rotated, as from summary_positions
 
@@ -47,7 +48,7 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
             "past_key_values belong to causal models: in a bidirectional one (is_causal=False) new tokens change all the others; "
             "pass use_cache=False"
         )
-    compiled = compiled_state(past_key_values)
+    compiled = None if past_key_values is None else compiled_state(past_key_values)
     if compiled is not None:
         past, length = seen(compiled.number).to(embeddings.device), None
     else:
@@ -70,9 +71,9 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
     centres = None
     if multipole is not None and config.rotate_summaries:
         layer = next(i for i, implementation in enumerate(implementations) if masks[implementation] is multipole)
-        if not keeps_state(past_key_values, layer, output_attentions):
+        if past_key_values is None or not keeps_state(past_key_values, layer, output_attentions):
             centres = summary_positions(config, position_ids, multipole)
-    return ModelInputs(position_ids, masks, past_key_values, centres)
+    return ModelInputs(position_ids, implementations, masks, past_key_values, centres)
 
 
 def _segments(embeddings, attention_mask, position_ids, past_key_values, bounds) -> torch.Tensor | None:

@@ -24,10 +24,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_multipole import MultipoleConfig
-from .kinds import KINDS, layer_implementation
+from .kinds import KINDS
 from .model_inputs import prepare
 from .multipole_cache import keeps_state, take_number
-from .summaries import compute_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +38,7 @@ class MultipoleRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(compute_dtype(x.dtype))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -114,7 +113,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, -1, dtype=compute_dtype(query.dtype)).to(query.dtype)
+    weights = nn.functional.softmax(weights, -1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -148,13 +147,13 @@ class MultipoleAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_masks: dict[str, object],
+        attention_mask: object,
+        implementation: str,
         past_key_values: Cache | None = None,
         centres: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
         rotary: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        implementation = layer_implementation(self.config, self.layer_type, kwargs.get("output_attentions"))
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (x.unsqueeze(1) for x in position_embeddings)
@@ -162,8 +161,9 @@ class MultipoleAttention(nn.Module):
 
         multipole = implementation in ("multipole", "multipole_linear")
         unrotated = multipole and self.config.rotate_summaries
-        state = multipole and keeps_state(past_key_values, self.layer_idx, kwargs.get("output_attentions"))
+        state = False
         if past_key_values is not None:
+            state = multipole and keeps_state(past_key_values, self.layer_idx, kwargs.get("output_attentions"))
             # Keys without positions are kept beside the rotated ones where summaries are made of them.
             key = torch.cat([key, plain], -1) if unrotated else key
             key, value = past_key_values.update(key, value, self.layer_idx, **({"state": True} if state else {}))
@@ -181,7 +181,7 @@ class MultipoleAttention(nn.Module):
             query,
             key,
             value,
-            attention_masks[implementation],
+            attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -263,11 +263,12 @@ class MultipoleModel(MultipolePreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, inputs.position_ids)
         centres = None if inputs.centres is None else [self.rotary_emb(hidden_states, x) for x in inputs.centres]
         # Not a slice: that makes a new list of modules, and runs whatever the process does when modules are put together.
-        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):
+        for layer, implementation in zip(itertools.islice(self.layers, self.config.num_hidden_layers), inputs.implementations):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_masks=inputs.masks,
+                attention_mask=inputs.masks[implementation],
+                implementation=implementation,
                 past_key_values=inputs.past_key_values,
                 centres=centres,
                 rotary=self.rotate_at,

@@ -8,15 +8,108 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .backends import takes_kernels
-from .checks import check_logits, check_tensors
-from .hierarchy import FarColumns, align_rows, block_of, check_rows, far_columns, group_count, near_offsets, real_tokens
-from .multipole_rows import Call, Rows, lay_out
+from .calls import Call, check_logits, check_tensors
+from .hierarchy import (
+    Alignment,
+    FarColumns,
+    align_rows,
+    block_of,
+    check_rows,
+    far_columns,
+    group_count,
+    level_count,
+    near_offsets,
+    real_tokens,
+)
 from .multipole_torch import Blocks, block_attention, block_weights
 from .options import MultipoleOptions
 from .shared_query_torch import Segments, far_results, first_queries, merge, segment_attention
-from .summaries import Field, MeanSummary, compute_dtype
+from .summaries import Field, MeanSummary
+
+
+class Rows(NamedTuple):
+    """How rows of ``n`` tokens, of which the last ``queries`` ask, lie in slots: whole blocks of ``block_size``.
+
+    Tokens and slots are ``(batch, heads, n or slots, dim)``; of the blocks before ``first`` there are keys and values only.
+    """
+
+    alignment: Alignment | None  # of padded or packed rows
+    n: int
+    queries: int
+    block_size: int
+    rank: int
+    first: int
+    slots: int
+    levels: int
+    causal: bool
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are run."""
+        return self.slots // self.block_size - self.first
+
+    @property
+    def before(self) -> int:
+        """Slots of the blocks that are run, before those of the queries."""
+        return self.n - self.queries - self.first * self.block_size
+
+    def place_queries(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries in the slots of the blocks that are run, zeros in others."""
+        return self.place(nn.functional.pad(q, (0, 0, self.before, 0)) if self.before else q)
+
+    def place(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens in their slots, zeros in empty ones."""
+        if self.alignment is None:
+            missing = -x.shape[2] % self.block_size
+            return nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+        batch, heads, n, dim = x.shape
+        row = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * n
+        placed = x.flatten(0, 2).index_select(0, (row + self.alignment.index[:, None]).flatten()).view(batch, heads, -1, dim)
+        return placed.masked_fill(self.alignment.document[:, None, :, None] < 0, 0)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """What the blocks that are run hold, of the queries: ``(batch, heads, queries, dim)``, zeros where padding."""
+        if self.alignment is None:
+            return x[:, :, self.before : self.before + self.queries]
+        batch, heads, slots, dim = x.shape
+        row = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * slots
+        slot = self.alignment.slot[:, None, -self.queries :]
+        taken = x.flatten(0, 2).index_select(0, (row + slot).flatten()).view(batch, heads, self.queries, dim)
+        return taken.masked_fill(~self.alignment.valid[:, None, -self.queries :, None], 0)
+
+    def validity(self, device: torch.device) -> torch.Tensor | None:
+        """``(batch or 1, slots)`` bool, which slots hold tokens; None where only full groups are seen: always, in the causal case."""
+        if self.causal:
+            return None
+        if self.alignment is not None:
+            return self.alignment.document >= 0
+        full = self.n % (self.block_size << (self.levels - 1)) == 0
+        return None if full else (torch.arange(self.slots, device=device) < self.n)[None]
+
+    def document(self, device: torch.device) -> torch.Tensor | None:
+        """Numbers of documents, negative in empty slots, ``(batch or 1, 1, blocks, block_size)``; None where that makes no difference."""
+        if self.alignment is not None:
+            return self.alignment.document.view(-1, 1, self.blocks, self.block_size)
+        if self.causal or self.slots == self.n:
+            return None
+        empty = torch.arange(self.slots, device=device) >= self.n
+        return -empty.long().view(1, 1, -1, self.block_size)[:, :, self.first :]
+
+
+def lay_out(n: int, queries: int, alignment: Alignment | None, call: Call) -> Rows:
+    """The rows of a call. A row that the near field covers is one block, which is exact attention."""
+    block_size, rank = call.options.block_size, call.options.rank
+    if block_of(n, block_size) != block_size:
+        block_size, rank = n, 1
+    # Without an alignment only the blocks of the queries, and one before for the near field, are run.
+    first = 0 if alignment is not None else max(0, (n - queries) // block_size - 1)
+    slots = -(-n // block_size) * block_size if alignment is None else alignment.index.shape[1]
+    # A document has no more levels than a row of n tokens, though a packed grid is longer.
+    levels = min(level_count(n, block_size, call.max_levels), level_count(slots, block_size))
+    return Rows(alignment, n, queries, block_size, rank, first, slots, levels, call.causal)
 
 
 def aligned_attention(q, k, v, alignment, call: Call, far_keys=None, return_weights: bool = False):
@@ -50,17 +143,17 @@ def aligned_attention(q, k, v, alignment, call: Call, far_keys=None, return_weig
 
 def summarise(k, v, far_keys, rows: Rows, call: Call, kernels: bool):
     """Keys and values in their slots, for further use (see summaries.py), and their Field; far_keys are summarised in place of keys."""
-    dtype, heads = compute_dtype(k.dtype), k.shape[:2]
+    dtype, heads = torch.promote_types(k.dtype, torch.float32), k.shape[:2]
     if not rows.levels:
         none = ([x.new_zeros(*heads, 0, rows.rank, x.shape[-1], dtype=dtype)] for x in (k, v))
         return k, v, Field(*none, None)
-    means = MeanSummary(rows.block_size, rows.rank)
     how, kept = (rows.validity(k.device), rows.levels), {"everything": True, "kernels": kernels}
+    of_keys, of_values = (x or MeanSummary(rows.block_size, rows.rank) for x in (call.key_summary, call.value_summary))
     if far_keys is None:
-        k, far_k, counts = (call.key_summary or means)(k, *how, **kept)
+        k, far_k, counts = of_keys(k, *how, **kept)
     else:
-        _, far_k, counts = (call.key_summary or means)(far_keys, *how, **kept)
-    v, far_v, _ = (call.value_summary or means)(v, *how, **kept)
+        _, far_k, counts = of_keys(far_keys, *how, **kept)
+    v, far_v, _ = of_values(v, *how, **kept)
     return k, v, Field(far_k, far_v, counts)
 
 
@@ -95,7 +188,7 @@ def _attend_by_segments(q, k, v, field: Field, rows: Rows, call: Call, kernels: 
         summary = call.query_summary or MeanSummary(rows.block_size, rows.rank)
         q, far_q, _ = summary(q, rows.validity(q.device), rows.levels, everything=True, kernels=kernels)
         far_q = [x.flatten(2, 3) for x in far_q]
-    mean, total = far_results(far_q, field, rows, call)
+    mean, total = far_results(far_q, field, rows.alignment, call)
     return attend_segments(q, k, v, mean, total, rows.document(q.device), rows.block_size, call, kernels)
 
 

@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .calls import Call
 from .configuration_multipole import multipole_options
 from .hierarchy import check_rows
 from .kept import Kept, KeptTokens
 from .kept_layer import ROLLBACK, KeptLayer, PastTokens, to_take_back
-from .multipole_rows import Call
 from .multipole_state import MultipoleState, NewTokens
 from .shared_query_state import LinearState
 from .state_slots import Layout

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from .backends import takes_kernels
+from .calls import Call
 from .hierarchy import level_count
 from .kept import Kept
-from .multipole_rows import Call
 from .state_attention import Grid, StepBias, attend_grid, attend_slots, attend_slots_on_gpu
 from .state_slots import Layout, Rings
 from .state_summaries import Summariser
-from .summaries import compute_dtype
 
 
 class NewTokens(NamedTuple):
@@ -72,7 +71,7 @@ class MultipoleState(Kept):
 
     def __init__(self, q, k, v, layout: Layout, levels: int, *, direct: bool = False, rotated: bool = False, max_levels: int | None = None):
         self.layout, self.max_levels = layout, max_levels
-        like = {"dtype": compute_dtype(k.dtype), "device": k.device}
+        like = {"dtype": torch.promote_types(k.dtype, torch.float32), "device": k.device}
         rings = []
         # Not inference tensors, even when made in inference mode: they are written to outside of it, too.
         with torch.inference_mode(False):
@@ -172,7 +171,7 @@ class MultipoleState(Kept):
         """Raises ValueError where tokens are of another kind than those that are kept."""
         keys, values = self.keys.slots, self.values.slots
         held = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        given = (kv_heads, key_dim, value_dim, compute_dtype(dtype))
+        given = (kv_heads, key_dim, value_dim, torch.promote_types(dtype, torch.float32))
         if held != given or device not in (None, self.device):
             raise ValueError(
                 "the cache was filled by another model: it holds (key heads, key width, value width, dtype) "

@@ -13,7 +13,6 @@ import torch
 
 from .hierarchy import near_offsets
 from .operators import define
-from .summaries import compute_dtype
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
@@ -87,7 +86,7 @@ class BlockWork:
         self.offsets = near_offsets(given.row_blocks, given.causal)
         self.near = len(self.offsets) * self.block_size
         self.columns = self.near + given.far_index.shape[1]
-        self.dtype = compute_dtype(q.dtype)
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.step = min(self.blocks, _blocks_at_once(self.rows, self.columns, q.device))
         self.future = None
         if given.causal:

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from .calls import Call
 from .multipole_attention import attend_segments
-from .multipole_rows import Call
 from .multipole_state import MultipoleState
 from .shared_query_torch import HIDDEN, merge, partial_softmax
 from .state_attention import Grid, StepBias, attend_slots_on_gpu

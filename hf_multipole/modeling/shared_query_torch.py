@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .calls import Call
 from .hierarchy import Alignment
-from .multipole_rows import Call, Rows
 from .multipole_torch import Blocks, BlockWork
 from .operators import define
-from .summaries import Field, compute_dtype
+from .summaries import Field
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
@@ -44,7 +44,7 @@ def first_queries(q: torch.Tensor, block_size: int, rank: int, levels: int) -> t
     The first token is known to all tokens of its segment, so that nothing of the future reaches them.
     """
     q, first = _FirstTokens.apply(q, block_size // rank)
-    return q, [first[:, :, :: 1 << level].to(compute_dtype(q.dtype)) for level in range(levels)]
+    return q, [first[:, :, :: 1 << level].to(torch.promote_types(q.dtype, torch.float32)) for level in range(levels)]
 
 
 def partial_softmax(q, k, v, bias, scale: float, softcap: float | None, dropout_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,17 +105,17 @@ class _Parents:
         return torch.cat([(own == 0) & (child == 1) if shift > 0 else (own == 1) & (child == 0) for shift, _ in self.beside], 1)
 
 
-def far_results(queries: list[torch.Tensor], field: Field, rows: Rows, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def far_results(queries: list[torch.Tensor], field: Field, alignment: Alignment | None, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The far field of the segments of level 1: means ``(batch, heads, segments, value_dim)`` and log-sum-exps, ``(batch, heads,
     segments)``. queries: ``(batch, heads, segments, dim)`` a level.
     """
-    keys, rank, far_bias = field.keys, rows.rank, call.far_bias
+    keys, block_size, rank, far_bias = field.keys, call.options.block_size, call.options.rank, call.far_bias
     (batch, kv_heads), heads = keys[0].shape[:2], queries[0].shape[1]
     repeats = heads // kv_heads
-    parents = _Parents([x.shape[2] for x in keys], rows.block_size, rows.alignment, rows.causal, keys[0].device)
+    parents = _Parents([x.shape[2] for x in keys], block_size, alignment, call.causal, keys[0].device)
     counts = field.counts
     if counts is None:
-        counts = [x.new_full((batch, 1, *x.shape[2:4]), (rows.block_size << level) / rank) for level, x in enumerate(keys)]
+        counts = [x.new_full((batch, 1, *x.shape[2:4]), (block_size << level) / rank) for level, x in enumerate(keys)]
     k, v, counts = (parents.windows(parents.pairs([level.flatten(2, 3) for level in x], rank)) for x in (keys, field.values, counts))
 
     # (batch or 1, kv_heads or 1, pairs, repeats or 1, 2 * rank or 1, columns)

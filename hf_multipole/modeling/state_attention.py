@@ -5,11 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .calls import Call
 from .hierarchy import far_columns
 from .multipole_attention import Listing, attend_blocks, list_summaries, run_kernels
-from .multipole_rows import Call
 from .state_slots import Layout, Rings
-from .summaries import compute_dtype
 
 
 class Grid(NamedTuple):
@@ -31,7 +30,7 @@ def attend_grid(grid: Grid, layout: Layout, call: Call, kernels: bool) -> torch.
     m, rank, device = layout.block_size, layout.rank, grid.q.device
     first, n = max(0, grid.past // m - 1), grid.past + grid.new.shape[2]
     counts = [groups.shape[2] // rank for groups in grid.far_k]
-    none = [x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=compute_dtype(x.dtype)) for x in (grid.k, grid.v)]
+    none = [x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32)) for x in (grid.k, grid.v)]
     blocks = (grid.q, grid.k, grid.v, *(torch.cat([empty, *far], 2) for empty, far in zip(none, (grid.far_k, grid.far_v))))
     if kernels:
         return run_kernels(*blocks, Listing(grid.begins[: len(counts)], counts, m, rank, first), call)[0]

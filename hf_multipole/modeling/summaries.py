@@ -26,11 +26,6 @@ def _phases(width: int) -> int:
     return math.gcd(width, 8)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tokens are computed in: float64 stays, everything else is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op(_NAMESPACE + "::depthwise_map", mutates_args=())
 def depthwise_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``out[b, h, g, r, c] = sum_t weight[h, r, t, c] * x[b, h, g, t, c]``, reading x once.
@@ -41,7 +36,7 @@ def depthwise_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     batch, heads, groups, width, dim = x.shape
     rank, u = weight.shape[1], _phases(width)
     x = x.reshape(batch, heads, groups, width // u, 1, u * dim)
-    weight = weight.to(compute_dtype(x.dtype)).reshape(heads, 1, rank, width // u, u * dim)
+    weight = weight.to(torch.promote_types(x.dtype, torch.float32)).reshape(heads, 1, rank, width // u, u * dim)
     out = weight.new_empty(batch, heads, groups, rank, dim)
     # A few groups at a time, so that the sums stay in the cache.
     together = max(1, min(groups, 2**17 // (heads * rank * u * dim)))
@@ -82,7 +77,7 @@ def depthwise_map_backward_(grad_x: torch.Tensor, grad: torch.Tensor, x: torch.T
 
 @depthwise_map.register_fake
 def _(x, weight):
-    return x.new_empty(*x.shape[:3], weight.shape[1], x.shape[-1], dtype=compute_dtype(x.dtype))
+    return x.new_empty(*x.shape[:3], weight.shape[1], x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @depthwise_map_backward_.register_fake
@@ -112,7 +107,11 @@ class _Map(torch.autograd.Function):
         groups = tokens.unflatten(2, (-1, width))
         ctx.width, ctx.kernels = width, kernels
         ctx.save_for_backward(*(() if weight is None else (tokens, weight)))
-        summaries = groups.mean(3, dtype=compute_dtype(tokens.dtype)) if weight is None else _operators(kernels)[0](groups, weight)
+        summaries = (
+            groups.mean(3, dtype=torch.promote_types(tokens.dtype, torch.float32))
+            if weight is None
+            else _operators(kernels)[0](groups, weight)
+        )
         return tokens.view_as(tokens), summaries
 
     @staticmethod
@@ -146,7 +145,7 @@ def _groups(x: torch.Tensor, width: int) -> torch.Tensor:
 
 def _share(weight: torch.Tensor) -> torch.Tensor:
     """Absolute weights as shares of their sum over the tokens (uniform where all are 0)."""
-    size = weight.abs().to(compute_dtype(weight.dtype))
+    size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
     total = size.sum(2, keepdim=True)
     return torch.where(total > 0, size / total.clamp(min=torch.finfo(size.dtype).tiny), 1 / weight.shape[2])
 
@@ -252,7 +251,7 @@ class MeanSummary(nn.Module):
         tokens, summaries = self._maps(tokens, levels, False, kernels)
         counts = None
         if validity is not None:
-            masses = self.masses(validity, levels, tokens.shape[-1], compute_dtype(tokens.dtype), kernels)
+            masses = self.masses(validity, levels, tokens.shape[-1], torch.promote_types(tokens.dtype, torch.float32), kernels)
             summaries = [
                 torch.where(mass > 0, summary / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0) for summary, mass in zip(summaries, masses)
             ]

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from .backends import takes_kernels
-from .checks import check_logits, check_tensors
+from .calls import check_logits, check_tensors
 from .hierarchy import check_rows, real_tokens
 from .options import TensorOptions
 from .polynomial_attention import TOLERANCE, Approximation, BoundViolation, Certificate, approximate, attend, certify
-from .summaries import compute_dtype
 from .tensor_torch import stretches, tensor_tiles
 
 
@@ -140,7 +139,7 @@ def document_attention(
             out = _near_linear(q, keys, values, document, approximation, causal, kernels)
             if not return_certificate:
                 return out
-            dtype = compute_dtype(q.dtype)
+            dtype = torch.promote_types(q.dtype, torch.float32)
             return out, certify(approximation, q.shape[-1], [v.detach() for v in values], real, q.shape[1], dtype, q.dtype)
 
     kernels = takes_kernels(backend, q, {"q": q.shape[-1], "values": values[0].shape[-1]}, dropout_p, order)
@@ -149,7 +148,7 @@ def document_attention(
 
 
 def _exact(q, keys, values, document, causal, window, scale, dropout_p, kernels) -> torch.Tensor:
-    n, dtype = keys[0].shape[2], compute_dtype(q.dtype)
+    n, dtype = keys[0].shape[2], torch.promote_types(q.dtype, torch.float32)
     windows = [n if width is None else min(width, n) for width in window or [None] * len(keys)]
     # The order of the indices does not matter, and the widest window is best gone through last.
     order = sorted(range(len(keys)), key=windows.__getitem__)
@@ -186,12 +185,12 @@ def _approximation(q, keys, values, real, scale, degree, entry_bound, tolerance)
             f"entries of q and keys reach {measured:.6g}, beyond entry_bound {entry_bound:.6g}: normalise them, state a larger bound, "
             "or set on_violation='exact'"
         )
-    return approximate(q.shape[-1], len(keys) + 1, scale, entry_bound, degree, tolerance, compute_dtype(q.dtype))
+    return approximate(q.shape[-1], len(keys) + 1, scale, entry_bound, degree, tolerance, torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.compiler.disable
 def _near_linear(q, keys, values, document, approximation, causal, kernels) -> torch.Tensor:
-    (batch, _, queries, _), n, dtype = q.shape, keys[0].shape[2], compute_dtype(q.dtype)
+    (batch, _, queries, _), n, dtype = q.shape, keys[0].shape[2], torch.promote_types(q.dtype, torch.float32)
     keys, values = (torch.stack([x.to(dtype) for x in tensors]) for tensors in (keys, values))
     out = q.new_zeros(*q.shape[:3], values.shape[-1])
     for rows, start, stop in stretches(document, batch, n):

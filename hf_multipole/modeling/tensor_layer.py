@@ -8,7 +8,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_multipole import MultipoleConfig, tensor_options
 from .options import TensorOptions
 from .polynomial_attention import TOLERANCE, Approximation, approximate
-from .summaries import compute_dtype
 
 
 class BoundedRMSNorm(nn.Module):
@@ -21,7 +20,7 @@ class BoundedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: ``(batch, heads, n, dim)``; the result is in its dtype."""
-        wide = x.to(compute_dtype(x.dtype))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = self.weight.to(wide.dtype) * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # Less by what rounding may add, so that the bound holds in the dtype of the result.
         return (self.bound * (1 - 2 * torch.finfo(x.dtype).eps) * wide.tanh()).to(x.dtype)
@@ -75,12 +74,13 @@ class TensorAttention(nn.Module):
         """The polynomial that :func:`tensor_attention` takes for these options and tensors of ``dtype``."""
         config = self.config
         sizes = self.score_dim, config.tensor_order, self.scaling, config.tensor_entry_bound, config.tensor_degree
-        return approximate(*sizes, TOLERANCE, compute_dtype(dtype))
+        return approximate(*sizes, TOLERANCE, torch.promote_types(dtype, torch.float32))
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_masks: dict[str, object],
+        attention_mask: object,
+        implementation: str,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
@@ -93,13 +93,13 @@ class TensorAttention(nn.Module):
         if past_key_values is not None:
             polynomial = self.config.tensor_method == "polynomial"
             key, value = past_key_values.update(key, value, self.layer_idx, window=self.kept_tokens, sums=polynomial)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface("tensor", None)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
         out, _ = attention(
             self,
             query,
             key,
             value,
-            attention_masks["tensor"],
+            attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,

@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from hf_multipole import MultipoleCache, MultipoleConfig, MultipoleForCausalLM
+from hf_multipole.modeling.calls import Call
 from hf_multipole.modeling.hierarchy import level_count
-from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
 from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.shared_query_state import LinearState

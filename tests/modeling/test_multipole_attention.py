@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_multipole import multipole_attention
 from hf_multipole.modeling import multipole_attention as module
+from hf_multipole.modeling.calls import Call
 from hf_multipole.modeling.hierarchy import align_rows
-from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.summaries import HierarchicalSummary
 from hf_multipole.reference import multipole_attention_reference

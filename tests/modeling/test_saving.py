@@ -255,7 +255,7 @@ def test_masks_move_between_devices(ids):
     seen = {}
     model.model.layers[0].register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model(ids, attention_mask=mask, use_cache=False)
-    moved = seen["attention_masks"]["multipole"].to("meta")
+    moved = seen["attention_mask"].to("meta")
     assert moved.causal and moved.length == TOKENS + 3 and all(part.is_meta for part in moved.alignment)
 
 

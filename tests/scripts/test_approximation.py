@@ -10,9 +10,9 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_multipole import MultipoleForCausalLM, MultipoleForMaskedLM
 from hf_multipole.integration.measurement import replaced_attention
+from hf_multipole.modeling.calls import Call
 from hf_multipole.modeling.hierarchy import level_count
 from hf_multipole.modeling.multipole_attention import aligned_attention
-from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.options import MultipoleOptions
 from scripts.studies import approximation, approximation_report
 from scripts.studies import approximation_baselines as baselines

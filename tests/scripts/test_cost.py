@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_multipole import multipole_attention
+from hf_multipole.modeling.calls import Call
 from hf_multipole.modeling.hierarchy import far_columns, group_count, level_count, near_offsets
 from hf_multipole.modeling.multipole_attention import aligned_attention
-from hf_multipole.modeling.multipole_rows import Call
 from hf_multipole.modeling.multipole_state import MultipoleState, NewTokens
 from hf_multipole.modeling.options import MultipoleOptions
 from hf_multipole.modeling.shared_query_state import LinearState

@@ -1,8 +1,28 @@
-"""Checks of what the two attention functions are given."""
+"""What the two attention functions are given beside options: a call, and the checks of both."""
 
 import math
+from typing import NamedTuple
 
 import torch
+from torch import nn
+
+from .options import MultipoleOptions
+
+
+class Call(NamedTuple):
+    """What a call depends on beside its tokens; the arguments of :func:`multipole_attention`, which explains them."""
+
+    options: MultipoleOptions
+    key_summary: nn.Module | None = None
+    value_summary: nn.Module | None = None
+    query_summary: nn.Module | None = None
+    far_bias: torch.Tensor | None = None
+    max_levels: int | None = None
+    causal: bool = True
+    softcap: float | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    backend: str = "auto"
 
 
 def check_tensors(q, k, v, far_keys, attention_mask, segment_ids) -> None:
