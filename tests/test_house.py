@@ -87,8 +87,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "scripts/studies/language_modelling.py": "to be rewritten",
     },
     "narrow_text": {
-        "model_cards/enwik8-causal.md": "to be rewritten",
-        "model_cards/enwik8-masked.md": "to be rewritten",
         "model_cards/quickstart.md": "to be rewritten",
         "model_cards/reports/benchmark-scaling.md": "to be rewritten",
         "model_cards/reports/cost.md": "to be rewritten",
@@ -99,8 +97,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "model_cards/reports/support.md": "to be rewritten",
         "model_cards/reports/tensor-cpu.md": "to be rewritten",
         "model_cards/reports/tensor-tradeoff.md": "to be rewritten",
-        "model_cards/wikitext-103-causal.md": "to be rewritten",
-        "model_cards/wikitext-103-masked.md": "to be rewritten",
     },
 }
 
