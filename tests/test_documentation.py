@@ -22,10 +22,12 @@ from hf_multipole.training.parsing import KINDS, MASKED_KINDS, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "*/README.md", "model_cards/**/*.md")
-    for path in ROOT.glob(pattern)
-    if path.relative_to(ROOT).parts[0] != "runs"
+    {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.md", "*/README.md", "model_cards/**/*.md")
+        for path in ROOT.glob(pattern)
+        if path.relative_to(ROOT).parts[0] != "runs"
+    }
 )
 # What a newcomer reads, in this order. Its blocks that are marked "long" or "gpu" take too much time, or a machine that is not here.
 FIRST = ["README.md", "hf_multipole/README.md", "scripts/README.md"]
@@ -69,7 +71,8 @@ def test_every_report_has_its_line_in_the_index():
     index = (ROOT / "model_cards" / "README.md").read_text()
     for page in PAGES:
         if page.startswith("model_cards/reports/"):
-            assert f"(reports/{Path(page).name})" in index, page
+            name = re.findall(rf"^\[(\w+)\]: reports/{Path(page).name}$", index, re.MULTILINE)
+            assert len(name) == 1 and len(re.findall(rf"^- [^-]*\[{Path(page).stem}\]\[{name[0]}\]\.$", index, re.MULTILINE)) == 1, page
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("model_cards/reports/")])
@@ -78,6 +81,17 @@ def test_a_report_begins_with_three_findings_and_a_picture(page):
     assert title.startswith("# ") and not gap and not gap_2
     assert len(findings) == 3 and all(line.startswith("- ") for line in findings)
     assert re.fullmatch(r"!\[[^\]]+\]\([^)]+\)", picture)
+
+
+def test_the_readme_in_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1000
+    headings = re.findall(r"^## (.*)$", BLOCK.sub("", text), re.MULTILINE)
+    assert headings == ["Install", "Use", "Two commands", "What was measured", "Files"]
+    assert len(re.findall(r"^\|", text, re.MULTILINE)) <= 2 + 6
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"`(\w+)`", text.partition("Extras")[2].partition("##")[0])
+    assert set(named) == set(extras)
 
 
 # The map of the package
