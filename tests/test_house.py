@@ -86,18 +86,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "hf_multipole/modeling/multipole_attention.py": "to be rewritten",
         "scripts/studies/language_modelling.py": "to be rewritten",
     },
-    "narrow_text": {
-        "model_cards/quickstart.md": "to be rewritten",
-        "model_cards/reports/benchmark-scaling.md": "to be rewritten",
-        "model_cards/reports/cost.md": "to be rewritten",
-        "model_cards/reports/language-modelling-causal.md": "to be rewritten",
-        "model_cards/reports/language-modelling-masked.md": "to be rewritten",
-        "model_cards/reports/recall-induction.md": "to be rewritten",
-        "model_cards/reports/recall.md": "to be rewritten",
-        "model_cards/reports/support.md": "to be rewritten",
-        "model_cards/reports/tensor-cpu.md": "to be rewritten",
-        "model_cards/reports/tensor-tradeoff.md": "to be rewritten",
-    },
 }
 
 

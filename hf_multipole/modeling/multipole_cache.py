@@ -176,8 +176,8 @@ def check_cache(cache, model: PreTrainedModel, embeddings: torch.Tensor, mask, t
     """Raises ValueError where the cache is not that of this model, or the tokens do not continue it: before any layer has taken
     something in, so that the cache stays as it was.
 
-    embeddings: what the first layer is given. mask: the MultipoleMask, or None where exact attention or attention weights are asked for; tensor_mask: that of tensor layers, or
-    None where there are none; attention_mask: as the model was given it.
+    embeddings: what the first layer is given. mask: the MultipoleMask, or None where exact attention or attention weights are asked for;
+    tensor_mask: that of tensor layers, or None where there are none; attention_mask: as the model was given it.
     """
     config = model.config
     attentions = [layer.self_attn for layer in model.layers][: config.num_hidden_layers]
