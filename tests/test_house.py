@@ -47,47 +47,6 @@ INTERFACE = {
 OUTSIDE = {"torch", "transformers", "huggingface_hub", "safetensors"}
 OF_KERNELS = re.compile(r"\w+_(triton|kernels)|triton_common")
 
-# By rule: where it is broken, and why it may be.
-EXCEPTIONS: dict[str, dict[str, str]] = {
-    "imports_one_way": {
-        "scripts/studies/approximation.py": "to be rewritten",
-        "scripts/studies/language_modelling.py": "to be rewritten",
-        "tests/modeling/test_tensor_attention.py": "to be rewritten",
-        "tests/scripts/test_ablations.py": "to be rewritten",
-        "tests/scripts/test_cost.py": "to be rewritten",
-    },
-    "few_parameters": {
-        "hf_multipole/modeling/multipole_attention.py: aligned_attention": "to be rewritten",
-        "hf_multipole/modeling/multipole_attention.py: block_arguments": "to be rewritten",
-        "hf_multipole/modeling/multipole_attention.py: multipole_attention": "to be rewritten",
-        "hf_multipole/modeling/multipole_attention.py: run_kernels": "to be rewritten",
-        "hf_multipole/modeling/multipole_torch.py: BlockWork.__init__": "to be rewritten",
-        "hf_multipole/modeling/multipole_torch.py: block_attention": "to be rewritten",
-        "hf_multipole/modeling/multipole_torch.py: block_attention_backward": "to be rewritten",
-        "hf_multipole/modeling/multipole_triton.py: _arguments": "to be rewritten",
-        "hf_multipole/modeling/multipole_triton.py: attention": "to be rewritten",
-        "hf_multipole/modeling/multipole_triton.py: attention_backward": "to be rewritten",
-        "hf_multipole/modeling/shared_query_torch.py: _SegmentWork.__init__": "to be rewritten",
-        "hf_multipole/modeling/shared_query_torch.py: far_results": "to be rewritten",
-        "hf_multipole/modeling/shared_query_torch.py: segment_attention_backward": "to be rewritten",
-        "hf_multipole/modeling/state_triton.py: step": "to be rewritten",
-        "hf_multipole/modeling/tensor_attention.py: document_attention": "to be rewritten",
-        "hf_multipole/modeling/tensor_attention.py: tensor_attention": "to be rewritten",
-    },
-    "short_functions": {
-        "hf_multipole/modeling/modeling_multipole.py: MultipoleModel.forward": "to be rewritten",
-        "hf_multipole/modeling/multipole_attention.py: aligned_attention": "to be rewritten",
-        "hf_multipole/modeling/multipole_attention.py: multipole_attention": "to be rewritten",
-        "hf_multipole/modeling/multipole_kernels.py: backward_summaries": "to be rewritten",
-        "hf_multipole/modeling/multipole_triton.py: attention_backward": "to be rewritten",
-    },
-    "short_files": {
-        "hf_multipole/modeling/modeling_multipole.py": "to be rewritten",
-        "hf_multipole/modeling/multipole_attention.py": "to be rewritten",
-        "scripts/studies/language_modelling.py": "to be rewritten",
-    },
-}
-
 
 class Fault(NamedTuple):
     where: str
@@ -251,8 +210,7 @@ def tree():
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule(tree, rule):
-    allowed = EXCEPTIONS.get(rule.__name__, {})
-    faults = [fault for path, text in tree.items() for fault in rule(path, text) if fault.where not in allowed]
+    faults = [fault for path, text in tree.items() for fault in rule(path, text)]
     assert not faults, "\n" + "\n".join(f"{fault.where} {fault.what}" for fault in faults)
 
 

@@ -192,6 +192,23 @@ def _mask(config: MultipoleConfig, implementation: str, tokens: _Tokens) -> obje
     return create(config, tokens.embeddings, tokens.attention_mask, past_key_values=tokens.past_key_values, **packed)
 
 
+def last_tokens(x: torch.Tensor, attention_mask, input_ids, pad_token_id: int | None) -> torch.Tensor:
+    """Of each row of x ``(batch, n, ...)``, the number of its last real token in x, ``(batch,)``.
+
+    Raises ValueError where nothing tells rows of input_ids from their padding.
+    """
+    batch, n = x.shape[:2]
+    if attention_mask is not None:
+        real = attention_mask[:, -n:] > 0
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids != pad_token_id
+    elif input_ids is not None and batch > 1:
+        raise ValueError(f"{batch} rows without attention_mask or config.pad_token_id do not tell where they end; give one of the two")
+    else:
+        real = torch.ones(batch, n)
+    return (torch.arange(n, device=x.device) * real.to(x.device)).argmax(1)
+
+
 def summary_positions(config: MultipoleConfig, position_ids: torch.Tensor, mask: MultipoleMask) -> list[torch.Tensor]:
     """The position of the centre of every summarised segment, ``(batch or 1, 1, groups, rank)`` float32 a level."""
     alignment = mask.alignment

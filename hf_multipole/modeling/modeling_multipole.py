@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_multipole import MultipoleConfig
 from .kinds import KINDS
-from .model_inputs import prepare
+from .model_inputs import last_tokens, prepare
 from .multipole_cache import keeps_state, take_number
 
 logger = logging.get_logger(__name__)
@@ -426,18 +426,8 @@ class MultipoleForSequenceClassification(MultipolePreTrainedModel):
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
-        batch, n = logits.shape[:2]
-        if attention_mask is not None:
-            real = attention_mask[:, -n:] > 0
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        elif input_ids is not None and batch > 1:
-            raise ValueError(f"{batch} rows without attention_mask or config.pad_token_id do not tell where they end; give one of the two")
-        else:
-            real = torch.ones(batch, n)
-        tokens = torch.arange(n, device=logits.device)
-        last = (tokens * real.to(logits.device)).argmax(1)
-        pooled = logits[torch.arange(batch, device=logits.device), last]
+        last = last_tokens(logits, attention_mask, input_ids, self.config.pad_token_id)
+        pooled = logits[torch.arange(len(last), device=last.device), last]
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")

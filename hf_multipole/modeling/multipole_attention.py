@@ -364,6 +364,7 @@ def from_blocks(x: torch.Tensor, grid: tuple[int, int], block_size: int) -> torc
     return x.reshape(batch, kv_heads * repeats, blocks * block_size, x.shape[-1])
 
 
+# Wide: the public interface, in which every option has its name.
 def multipole_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -280,6 +280,7 @@ def backward_keys(
     store_rows(grad_v_ + batch * grad_v_b + kv_head * grad_v_h, key, grad_v_n, real, grad_v, WIDTH, BLOCK_W)
 
 
+# Long: one loop in which logits, slopes and both products stay in registers.
 @triton.jit
 def backward_summaries(
     grad_, q_, far_k_, far_v_, counts_, far_bias_, first_, last_, table, parts_table, lse_, delta_, part_k_, part_v_, sums_,

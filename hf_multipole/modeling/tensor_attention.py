@@ -24,6 +24,7 @@ def document_numbers(attention_mask: torch.Tensor | None, segment_ids: torch.Ten
     return numbers if real is None else numbers.masked_fill(~real, -1)
 
 
+# Wide: the public interface, in which every option has its name.
 def tensor_attention(
     q: torch.Tensor,
     keys: Sequence[torch.Tensor],
