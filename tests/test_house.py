@@ -40,6 +40,7 @@ INTERFACE = {
     "model_inputs",
     "modeling_multipole",
     "multipole_cache",
+    "private",
     "tensor_cache",
     "tensor_layer",
 }

@@ -1,11 +1,9 @@
 """Stock models with learned summaries, or with a tensor branch: given to their attention modules, saved and loaded with them, and taken
 away again.
 
-The classes of a stock model stay what they are; an attention module gets one part more, ``far_field`` or ``tensor_branch``. When a
-checkpoint is loaded, a hook of torch gives it to the attention modules of models whose configuration is that of a converted one, as
-they are put into the model, so that the part is there before the weights are read. (Transformers' patch mapping of classes would do,
-too, but it takes half a second of every loading, replaces classes by patterns of their names, and leaves them replaced when a model
-fails to be built.)
+The classes of a stock model stay what they are; an attention module gets one part more, ``far_field`` or ``tensor_branch``. When a model
+is built whose configuration is that of a converted one, to load a checkpoint for instance, the attention modules get it at the end of the
+constructor, so that the part is there before the weights are read.
 """
 
 import inspect
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -24,6 +21,7 @@ from ..modeling.attention_masks import refuse_cross_attention
 from ..modeling.configuration_multipole import check_polynomial, has_tensor_options, multipole_options, tensor_options
 from ..modeling.learned import FarField, trained_length
 from ..modeling.options import MultipoleOptions, TensorOptions, default_of, fields_of, nearest, takes_options
+from ..modeling.private import before_post_init, implementation_of, mark_initialised, set_implementation
 from .tensor_branch import TensorBranch
 
 logger = logging.get_logger(__name__)
@@ -87,11 +85,13 @@ ATTENTION_CLASSES = (
 )
 
 
-def _complete(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Called for every module that is put into another one."""
-    if type(module).__name__ in ATTENTION_CLASSES and _is_stock(module) and not _is_converted(module):
+def _complete(model: nn.Module) -> None:
+    """Called for every model of Transformers, and every one inside of another, when it has been built."""
+    for module in model.modules():
+        if type(module).__name__ not in ATTENTION_CLASSES or not _is_stock(module) or _is_converted(module):
+            continue
         _give_part(module)
-        kind, runs = _kind_of(module.config), module.config._attn_implementation
+        kind, runs = _kind_of(module.config), implementation_of(module.config)
         # Learned summaries serve both forms of multipole attention.
         if _is_converted(module) and KINDS.get(runs) != KINDS[kind]:
             learned = "tensor branches" if kind == "tensor" else "learned summaries"
@@ -116,7 +116,7 @@ def _is_stock(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.models.")
 
 
-register_module_module_registration_hook(_complete)
+before_post_init(_complete)
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -175,7 +175,8 @@ def _give_part(module: nn.Module) -> None:
 
 def _take_part(module: nn.Module) -> None:
     for part in KINDS.values():
-        module._modules.pop(part, None)
+        if hasattr(module, part):
+            delattr(module, part)
 
 
 @takes_options("convert")
@@ -228,9 +229,7 @@ def convert(model: PreTrainedModel, kind: str = "multipole", **options: Any) -> 
             _give_part(module)
             part = getattr(module, KINDS[kind], None)
             if part is not None and not any(parameter.is_meta for parameter in part.parameters()):
-                # Later calls of the model's own initialisation leave it alone, as they do the rest of a model that is there.
-                for one in part.modules():
-                    one._is_hf_initialized = True
+                mark_initialised(part)
     except ValueError:
         for config, stated in zip(configs, before):
             _restore(config, stated)
@@ -238,7 +237,8 @@ def convert(model: PreTrainedModel, kind: str = "multipole", **options: Any) -> 
             _take_part(module)
         raise
     for config in configs:
-        config.attn_implementation = config._attn_implementation = kind
+        config.attn_implementation = kind
+        set_implementation(config, kind)
     return model
 
 
@@ -314,7 +314,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         _take_part(module)
     for config in converted:
         _restore(config, None)
-        config._attn_implementation = model.get_correct_attn_implementation(None)
+        set_implementation(config, model.get_correct_attn_implementation(None))
     return model
 
 
@@ -323,7 +323,7 @@ def _multipole_modules(model: PreTrainedModel) -> list[nn.Module]:
 
     def runs(module):
         stock = _is_stock(module) and uses_interface(module)
-        return stock and KINDS.get(module.config._attn_implementation) == "far_field" and is_chosen(module)
+        return stock and KINDS.get(implementation_of(module.config)) == "far_field" and is_chosen(module)
 
     return [module for module in model.modules() if hasattr(module, "far_field") or runs(module)]
 

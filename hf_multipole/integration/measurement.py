@@ -10,6 +10,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.attention_functions import exact_attention, refuse_features
 from ..modeling.attention_masks import MultipoleMask, WindowMask, multipole_mask
+from ..modeling.private import forget_implementation, implementation_of
 from .conversion import attention_modules, is_chosen
 
 _MEASUREMENT = "hf_multipole_measurement"
@@ -18,7 +19,7 @@ _MEASUREMENT = "hf_multipole_measurement"
 @contextmanager
 def with_attention(model: PreTrainedModel, implementation: str, options: dict | None = None):
     """Runs a stock model with another attention implementation, and other options of multipole attention, for a while."""
-    before = model.config._attn_implementation, getattr(model.config, "multipole", None)
+    before = implementation_of(model.config), getattr(model.config, "multipole", None)
     model.config.multipole = options
     model.set_attn_implementation(implementation)
     try:
@@ -39,7 +40,7 @@ def _registered(model: PreTrainedModel, attention: Callable):
         with with_attention(model, _MEASUREMENT):
             yield
     finally:
-        del AttentionInterface._global_mapping[_MEASUREMENT], AttentionMaskInterface._global_mapping[_MEASUREMENT]
+        forget_implementation(_MEASUREMENT)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from ..modeling.learned import LearnedPart
 from ..modeling.options import TensorOptions
+from ..modeling.private import LearnedPart
 from ..modeling.tensor_attention import document_attention
 from ..modeling.tensor_layer import BoundedRMSNorm
 

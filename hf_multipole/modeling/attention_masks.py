@@ -1,21 +1,14 @@
 """The mask function of "multipole" for Transformers' mask interface, and the masks that it makes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import masking_utils
-from transformers.masking_utils import (
-    and_masks,
-    bidirectional_mask_function,
-    causal_mask_function,
-    packed_sequence_mask_function,
-    sdpa_mask,
-)
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from .configuration_multipole import multipole_options
 from .hierarchy import Alignment, align_rows, block_of, check_rows, real_tokens
 from .multipole_state import MultipoleState, NewTokens
+from .private import implementation_of, packed_documents
 from .tensor_attention import document_numbers
 
 
@@ -199,42 +192,9 @@ def check_one_document(position_ids: torch.Tensor, real: torch.Tensor | None) ->
         )
 
 
-def _kept(function: Callable, made_by: Callable) -> dict | None:
-    """What an inner function of Transformers keeps of the one that made it; None where another one did."""
-    if function.__code__ is not made_by.__code__:
-        return None
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))
-
-
-# An example each, by which those that a model's mask is put together from are known again.
-_BOTH = and_masks(causal_mask_function)
-_DOCUMENTS = packed_sequence_mask_function(torch.zeros(1, 1))
-# Since Transformers 5.23: positions within the documents, in which causal says the same as in the row.
-_POSITIONS = getattr(masking_utils, "remap_positions_for_packed_sequence", lambda function, _: function)(
-    causal_mask_function, torch.zeros(1, 1)
-)
-
-
-def _packed_documents(mask_function: Callable) -> torch.Tensor | None:
-    """The documents ``(batch, n)`` of Transformers' causal pattern for packed rows; None where it is another pattern.
-
-    Patterns are functions of pairs of tokens: that one says no more than "same document, not later" can only be seen from the
-    functions that it was put together from.
-    """
-    parts = list((_kept(mask_function, _BOTH) or {}).get("mask_functions", ()))
-    documents = [kept["packed_sequence_mask"] for part in parts if (kept := _kept(part, _DOCUMENTS))]
-    causal = [part for part in parts if part is causal_mask_function or _is_causal_within(part)]
-    return documents[0] if len(documents) == len(causal) == 1 and len(parts) == 2 else None
-
-
-def _is_causal_within(part: Callable) -> bool:
-    kept = _kept(part, _POSITIONS)
-    return bool(kept) and kept.get("mask_function") is causal_mask_function
-
-
 def asked_for(config) -> str:
     """What the user has to change, for messages."""
-    return f"attn_implementation={config._attn_implementation!r}"
+    return f"attn_implementation={implementation_of(config)!r}"
 
 
 def refuse_cross_attention(config) -> None:
@@ -273,7 +233,7 @@ def multipole_mask(
                 f"{asked_for(config)} has no packed rows under torch.compile, and without an attention_mask Transformers "
                 "takes all rows for packed: pass one, with ones for all tokens"
             )
-        causal, segment_ids = True, _packed_documents(mask_function)
+        causal, segment_ids = True, packed_documents(mask_function)
         if segment_ids is None:
             raise ValueError(
                 f"{asked_for(config)} has causal and bidirectional masks, with padding, and packed rows, but this model "

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import configuration_utils
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -16,13 +15,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .options import MultipoleOptions, TensorOptions, default_of, described, fields_of
 from .polynomial_attention import TOLERANCE, approximate
+from .private import allow_layer_types
 
 MULTIPOLE_LAYERS = ("multipole_attention", "multipole_linear_attention")
 LAYER_TYPES = (*MULTIPOLE_LAYERS, "full_attention", "tensor_attention")
-# Trainer reads a checkpoint's config.json with the base class, which knows the kinds in these lists only.
-for _names in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
-    _known = getattr(configuration_utils, _names, ())
-    setattr(configuration_utils, _names, _known + tuple(kind for kind in LAYER_TYPES if kind not in _known))
+allow_layer_types(LAYER_TYPES)
 
 # Every head is entered, not only the one that is saved: a causal checkpoint can be loaded under another one.
 AUTO_MAP = {

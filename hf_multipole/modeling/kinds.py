@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from torch import nn
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -17,6 +17,7 @@ from .attention_masks import multipole_mask
 from .configuration_multipole import MultipoleConfig, multipole_options
 from .learned import FarField
 from .multipole_cache import MultipoleLayer, MultipoleStaticLayer
+from .private import add_cache_layers, implementation_of
 from .tensor_cache import TensorLayer, TensorStaticLayer
 from .tensor_layer import TensorAttention
 
@@ -74,7 +75,7 @@ BY_IMPLEMENTATION = {kind.implementation: kind for kind in KINDS.values() if kin
 
 def layer_implementation(config: MultipoleConfig, layer_type: str, output_attentions: bool) -> str:
     """The attention function of a layer, by its name: that of its kind, or the exact one that is asked for."""
-    kind, asked = KINDS[layer_type], config._attn_implementation
+    kind, asked = KINDS[layer_type], implementation_of(config)
     if kind.implementation is not None and not (kind.may_be_exact and asked not in ("multipole", "multipole_linear")):
         return kind.implementation
     if kind.implementation is None and asked in BY_IMPLEMENTATION:
@@ -102,7 +103,7 @@ def register() -> None:
             )
     for name, kind in KINDS.items():
         if kind.cache is not None:
-            DYNAMIC_LAYER_TYPE_MAPPING[name], STATIC_LAYER_TYPE_MAPPING[name] = kind.cache, kind.static_cache
+            add_cache_layers(name, kind.cache, kind.static_cache)
 
 
 register()

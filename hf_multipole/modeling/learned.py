@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 from .hierarchy import level_count
 from .options import MultipoleOptions
+from .private import LearnedPart
 from .summaries import DirectSummary, HierarchicalSummary, MeanSummary
 
 
@@ -22,22 +23,6 @@ def trained_levels(max_length: int | None, block_size: int) -> int | None:
     with them: farther distances are new to queries and keys, and what answers to them would drown the rest.
     """
     return None if max_length is None else level_count(max_length, block_size)
-
-
-class LearnedPart(nn.Module):
-    """What a converted model has more than the stock one. Its ``reset_parameters`` fills what a checkpoint lacks."""
-
-    # Transformers asks every module for this flag, runs the initialisation of the model on it, which in a stock model knows nothing
-    # of this class, and sets the flag: the moment to fill parameters that the checkpoint lacked.
-    @property
-    def _is_hf_initialized(self) -> bool:
-        return self.__dict__.get("_initialized", False)
-
-    @_is_hf_initialized.setter
-    def _is_hf_initialized(self, value: bool) -> None:
-        if value and not self._is_hf_initialized:
-            self.reset_parameters()
-        self.__dict__["_initialized"] = value
 
 
 class FarField(LearnedPart):

@@ -1,6 +1,5 @@
 """One forward of a multipole model: what it is given, checked, with the positions, documents and masks that its layers need."""
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from .configuration_multipole import MultipoleConfig
 from .hierarchy import level_count, real_tokens
 from .kinds import BY_IMPLEMENTATION, layer_implementation
 from .multipole_cache import check_cache, compiled_state, keeps_state
+from .private import with_implementation
 from .summaries import MeanSummary
 
 
@@ -185,8 +185,7 @@ def _mask(config: MultipoleConfig, implementation: str, tokens: _Tokens) -> obje
             position_ids=tokens.position_ids,
             config=config,
         )
-    config = copy.copy(config)
-    config._attn_implementation_internal = implementation
+    config = with_implementation(config, implementation)
     create = create_causal_mask if causal else create_bidirectional_mask
     packed = {} if tokens.segment_ids is None else {"and_mask_function": packed_sequence_mask_function(tokens.segment_ids)}
     return create(config, tokens.embeddings, tokens.attention_mask, past_key_values=tokens.past_key_values, **packed)

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -27,6 +26,7 @@ from .configuration_multipole import MultipoleConfig
 from .kinds import KINDS
 from .model_inputs import last_tokens, prepare
 from .multipole_cache import keeps_state, take_number
+from .private import shift_labels_of
 
 logger = logging.get_logger(__name__)
 
@@ -484,8 +484,7 @@ class MultipoleForTokenClassification(MultipolePreTrainedModel):
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
-# Trainer knows by this list that labels are to be shifted, where it computes the loss (label smoothing).
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["multipole"] = MultipoleForCausalLM.__name__
+shift_labels_of("multipole", MultipoleForCausalLM.__name__)
 
 
 __all__ = [

@@ -23,6 +23,7 @@ from .hierarchy import check_rows
 from .kept import Kept, KeptTokens
 from .kept_layer import ROLLBACK, KeptLayer, PastTokens, to_take_back
 from .multipole_state import MultipoleState, NewTokens
+from .private import implementation_of
 from .shared_query_state import LinearState
 from .state_slots import Layout
 from .summaries import DirectSummary, MeanSummary
@@ -72,7 +73,7 @@ def compiled_state(cache):
 
 
 def _is_tensor(layer) -> bool:
-    return getattr(layer, "_layer_type", None) == "tensor_attention"
+    return getattr(layer, "layer_type", None) == "tensor_attention"
 
 
 class MultipoleLayer(KeptLayer):
@@ -80,7 +81,7 @@ class MultipoleLayer(KeptLayer):
     or all keys where attention is exact, whichever its first tokens ask for.
     """
 
-    _layer_type = "multipole_attention"
+    layer_type = "multipole_attention"
     always = False  # a state even where update is not asked for one: the attention of stock models does not know to ask
 
     def __init__(self, *args, **kwargs):
@@ -106,10 +107,10 @@ class MultipoleLayer(KeptLayer):
     def update(self, key_states, value_states, *args, state: bool = False, **kwargs):
         """With ``state``, the keys come back as :class:`PastTokens`, for the attention function "multipole" to take in."""
         always = self.always and (self.kept is None or not self.kept.has_keys)
-        if always and self.config._attn_implementation not in STATE_IMPLEMENTATIONS:
+        if always and implementation_of(self.config) not in STATE_IMPLEMENTATIONS:
             raise ValueError(
                 "a MultipoleCache belongs to models that run with attn_implementation='multipole' or 'multipole_linear', but this one "
-                f"runs with {self.config._attn_implementation!r}; use a DynamicCache"
+                f"runs with {implementation_of(self.config)!r}; use a DynamicCache"
             )
         if state or always:
             return PastTokens(self, key_states), value_states
@@ -162,8 +163,6 @@ class MultipoleLayer(KeptLayer):
 class MultipoleStaticLayer(StaticLayer):
     """Says what to use: the state has a fixed size anyway."""
 
-    _layer_type = "multipole_attention"
-
     def __init__(self, *args, **kwargs):
         raise ValueError(
             "multipole attention needs no static cache: the state that generate makes by itself has the same size at every length. "
@@ -199,7 +198,7 @@ def check_cache(cache, model: PreTrainedModel, embeddings: torch.Tensor, mask, t
             read = attention_mask[:, : read[0]].sum(1).tolist()
     for attention, layer in zip(attentions, cache.layers):
         if _is_tensor(layer):
-            if attention.layer_type != layer._layer_type:
+            if attention.layer_type != layer.layer_type:
                 raise ValueError("the cache was filled by another model: its layer_types differ; use a new cache")
             layer.check(attention, read)
         state = getattr(layer, "state", None)
@@ -274,7 +273,7 @@ class MultipoleCache(DynamicCache):
         super().__init__(config=config)
         self._model = None
         config = config.get_text_config(decoder=True)
-        if config.model_type != "multipole" and config._attn_implementation in STATE_IMPLEMENTATIONS:
+        if config.model_type != "multipole" and implementation_of(config) in STATE_IMPLEMENTATIONS:
             chosen = multipole_options(config).layers
             for i, layer in enumerate(self.layers):
                 # Layers with a window, recurrent ones and those that were left exact keep what they keep.

@@ -13,6 +13,7 @@ import torch
 
 from .hierarchy import near_offsets
 from .operators import define
+from .private import softmax_backward
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
@@ -243,7 +244,7 @@ def _backward(given: Blocks, grads, _) -> tuple[torch.Tensor, ...]:
                 torch.bmm(weights.transpose(1, 2), upper, out=gathered_v)
             work.scatter(gathered_v, start, stop, grad_v, grad_far_v)
             # The softmax's gradient: weights * (slope - sum(weights * slope)).
-            torch.ops.aten._softmax_backward_data.out(slope, weights, -1, work.dtype, grad_input=slope)
+            softmax_backward(slope, weights, work.dtype)
             if work.columns > work.near:
                 by_head = slope[..., work.near :].unflatten(1, (-1, work.block_size)).sum(2)
                 grad_bias[start:stop] = by_head if far_bias.shape[1] > 1 else by_head.sum(1, keepdim=True)

@@ -15,6 +15,7 @@ from .calls import Call
 from .hierarchy import Alignment
 from .multipole_torch import Blocks, BlockWork
 from .operators import define
+from .private import softmax_backward
 from .summaries import Field
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
@@ -253,7 +254,7 @@ def _backward(given: Segments, grads, _) -> tuple[torch.Tensor, ...]:
             for columns, own, others in work.neighbours(start, stop):
                 grad_v[others].baddbmm_(dropped[own, :, columns].transpose(1, 2), upper[own])
             # The softmax's gradient: weights * (slope - sum(weights * slope)).
-            torch.ops.aten._softmax_backward_data.out(slope, weights, -1, work.dtype, grad_input=slope)
+            softmax_backward(slope, weights, work.dtype)
             grad_total[start:stop] = work.by_segment(slope[..., work.near]).sum(-1)
             if work.softcap is not None:
                 slope.mul_(1 - capped[:size].square())

@@ -87,7 +87,7 @@ class TensorLayer(KeptLayer):
     and ``rollback`` more that allow to go back. For the polynomial the tokens are summed up instead.
     """
 
-    _layer_type = "tensor_attention"
+    layer_type = "tensor_attention"
 
     # Its numbers change at every step, and must not become part of compiled code.
     @torch.compiler.disable
@@ -138,8 +138,6 @@ class TensorLayer(KeptLayer):
 
 class TensorStaticLayer(StaticLayer):
     """Says what to use instead."""
-
-    _layer_type = "tensor_attention"
 
     def __init__(self, *args, **kwargs):
         raise ValueError("tensor attention has no static cache: leave out cache_implementation='static'; windows and sums are small anyway")
