@@ -37,6 +37,7 @@ INTERFACE = {
     "kept_layer",
     "kinds",
     "learned",
+    "model_fingerprint",
     "model_inputs",
     "modeling_multipole",
     "multipole_cache",

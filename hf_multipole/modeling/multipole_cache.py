@@ -1,7 +1,6 @@
 """Cache layers and the cache of multipole models: the generation state behind Transformers' interface, saved and loaded."""
 
 import copy
-import hashlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from .configuration_multipole import multipole_options
 from .hierarchy import check_rows
 from .kept import Kept, KeptTokens
 from .kept_layer import ROLLBACK, KeptLayer, PastTokens, to_take_back
+from .model_fingerprint import backbone, fingerprint
 from .multipole_state import MultipoleState, NewTokens
 from .private import implementation_of
 from .shared_query_state import LinearState
@@ -223,29 +223,6 @@ def check_cache(cache, model: PreTrainedModel, embeddings: torch.Tensor, mask, t
         cache.bind(model)
 
 
-# Fields of a configuration that do not change what a layer keeps.
-_INDIFFERENT = ("dropout", "_token_id", "output_", "initializer_range", "far_bias_init", "use_cache", "return_dict", "version")
-_INDIFFERENT += ("architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "tie_word_embeddings")
-
-
-def _backbone(model: nn.Module) -> PreTrainedModel:
-    """The base model within a model or what it is wrapped in."""
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel)).base_model
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells models apart: a hash of the base model's configuration, parameters and their dtype."""
-    model = _backbone(model)
-    fields = {name: x for name, x in model.config.to_dict().items() if not any(part in f"{name}_" for part in _INDIFFERENT)}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, x in model.named_parameters():
-        if x.is_meta:
-            raise ValueError(f"{name} is offloaded: states of a model are saved and loaded while all its weights are in memory")
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class MultipoleCache(DynamicCache):
     """The generation state of a whole model, as ``generate(past_key_values=...)`` takes it. Multipole layers keep a state, and so do
     the full-attention layers of a stock model that runs with ``attn_implementation="multipole"`` or ``"multipole_linear"``; all others
@@ -287,7 +264,7 @@ class MultipoleCache(DynamicCache):
     @torch.compiler.disable
     def bind(self, model: nn.Module) -> None:
         """Called by the multipole models, and by users of others before ``save``; raises ValueError where the cache is another's."""
-        model = _backbone(model)
+        model = backbone(model)
         owner = None if self._model is None else self._model()
         if owner is not None and owner is not model and self.get_seq_length():
             raise ValueError("the cache was filled by another model; use a new cache")
@@ -359,7 +336,7 @@ class MultipoleCache(DynamicCache):
 
         Raises FileNotFoundError; ValueError where the file is damaged, or is of another model or version.
         """
-        path, model = Path(path), _backbone(model)
+        path, model = Path(path), backbone(model)
         if not path.is_file():
             raise FileNotFoundError(f"there is no state file {path}")
         try:
@@ -370,7 +347,7 @@ class MultipoleCache(DynamicCache):
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a state file of this version: its format is {metadata.get('format')!r}, not {_FORMAT!r}")
         if metadata.get("model") != fingerprint(model):
-            raise ValueError(f"{path} is the state of another model: weights, dtype or configuration differ; read the text again")
+            raise ValueError(f"{path} is the state of another model: weights, adapters, dtype or configuration differ; read the text again")
         tensors = load_file(path, device=str(model.device))
         cache = cls(config=model.config)
         cache.bind(model)

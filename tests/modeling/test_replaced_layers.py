@@ -1,16 +1,15 @@
 """Models whose linear layers were replaced by packed ones, or whose weights are somewhere else: they generate as any other."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_multipole import MultipoleCache
 from tests.helpers.cache_runs import run
+from tests.helpers.packed_layers import pack, quantize
 from tests.helpers.tiny_models import CLOSE, TOKENS, build, tokens
 
 KINDS = [
@@ -21,37 +20,6 @@ KINDS = [
     {"layer_types": ["tensor_attention", "multipole_attention"], "tensor_window": [3, 9]},
 ]
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1}
-
-
-class Packed(nn.Module):
-    """As of GPTQ: integers and scales in buffers, and no ``weight``."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, x):
-        return x @ (self.qweight * self.scale).T
-
-
-def pack(model):
-    """A copy with packed linear layers."""
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, Packed(child))
-    assert not any(type(module) is nn.Linear for module in model.modules())
-    return model
-
-
-def quantize(model):
-    """A copy with torch.ao's dynamically quantised linear layers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch points to torchao
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
 
 
 def check_generates(model):
