@@ -83,7 +83,7 @@ def log_ticks(low: float, high: float, base: float) -> list[float]:
         powers = [2.0**i for i in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
         return powers[:: math.ceil(len(powers) / 8) or 1]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), (1, 1.5, 2, 3, 4, 5, 6, 8)):
         ticks = [step * 10.0**i for i in decades for step in steps if low <= step * 10.0**i <= high]
         if len(ticks) >= 3:
             return ticks[:: math.ceil(len(ticks) / 8)]
@@ -107,6 +107,7 @@ def readable(axis) -> None:
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(FuncFormatter(lambda x, _: short(x, 1024 if base == 2 else 1000)))
     elif high >= 1000 and not axis.get_majorticklabels()[0].get_text().strip("0123456789.\u2212"):
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 

@@ -1,4 +1,4 @@
-"""Other efficient attentions as attention functions of Transformers, and the training and evaluation scripts with them registered.
+r"""Other efficient attentions as attention functions of Transformers, and the training and evaluation scripts with them registered.
 
     python -m scripts.common.peers run_clm --config configs/quickstart.yaml --attn_implementation peer_linear \
         --config_overrides '{layer_types: [full_attention, full_attention]}' --output_dir runs/linear
@@ -167,6 +167,8 @@ def register() -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        return print(__doc__)
     found = len(sys.argv) > 1 and find_spec(f"scripts.{sys.argv[1]}")
     if not found:
         sys.exit("usage: python -m scripts.common.peers SCRIPT ARGUMENTS: run_clm, run_mlm or evaluate_lm, and what it takes")

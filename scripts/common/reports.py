@@ -12,8 +12,8 @@ from hf_multipole.training.checkpoints import write_json
 
 def command() -> str:
     """The command line of this process."""
-    name = sys.modules["__main__"].__spec__.name
-    return shlex.join(["python", "-m", name, *sys.argv[1:]])
+    module = sys.modules["__main__"].__spec__  # none where a file was run
+    return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:

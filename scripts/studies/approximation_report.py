@@ -133,8 +133,9 @@ def draw(o, records: list[dict], folder: Path) -> dict[str, str]:
     """The plots, by their captions."""
     shades = colours(["means", "summaries learned", "window", "low rank", "largest weights", "Nystroem"])
     layers = max(record["sizes"]["layers"] for record in records)
-    title = "Error of a layer's output against exact attention, by what a query costs; dots: multipole attention"
-    with figure(folder / f"{o.report.stem}.png", layers, len(records), (3.1 * layers, 0.6 + 2.9 * len(records)), title) as (picture, grid):
+    size = (max(8.0, 3.1 * layers), 0.8 + 2.9 * len(records))
+    title = "Error of a layer's output, by what a query costs\ndots: multipole attention; lines: others"
+    with figure(folder / f"{o.report.stem}.png", layers, len(records), size, title) as (picture, grid):
         for record, line in zip(records, grid):
             for layer, axes in enumerate(line[: record["sizes"]["layers"]]):
                 for family, colour in shades.items():
