@@ -19,9 +19,14 @@ fi
 installed="$VENV/.installed-$EXTRAS"
 wanted=$(cat pyproject.toml configs/constraints.txt | cksum)
 if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
-    echo "Installing into $VENV"
+    # Where there is no GPU, PyTorch's own index has a build without the libraries for one, which pip prefers to the default one.
+    build="the build of torch with CUDA, some 3 GB" index=""
+    if ! nvidia-smi -L >/dev/null 2>&1; then
+        build="the build of torch for CPUs, 0.2 GB" index="--extra-index-url https://download.pytorch.org/whl/cpu --retries 1"
+    fi
+    echo "Installing into $VENV what pip has to download: $build, and 0.1 GB of other packages (with the extra triton 0.2 GB more). A few minutes"
     # torch comes first, by itself: it is by far the largest part, and pip then keeps the build that it found.
-    python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt torch
+    python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt $index torch
     python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e ".[$EXTRAS]"
     echo "$wanted" >"$installed"
 fi

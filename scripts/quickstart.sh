@@ -12,6 +12,7 @@ case "${1:-}" in
     *) echo "usage: bash scripts/quickstart.sh [--compare]" >&2; exit 2 ;;
 esac
 
+EXTRAS=${EXTRAS:-plot}
 . scripts/environment.sh
 
 out=runs/quickstart
@@ -29,4 +30,5 @@ if $compare; then
         '{layer_types: [full_attention, full_attention]}'
     python -m scripts.studies.compare_curves --output "$out/comparison.png" "multipole=$out" "near field only=$out-near-only" "full attention=$out-full"
 fi
-python scripts/generate.py --model "$out" --prompt $'def read(self, path):\n    """' --max-new-tokens 200
+python scripts/generate.py --model "$out" --prompt $'def read(self, path):\n    """' --max-new-tokens 200 | tee "$out/sample.txt"
+echo "The model is in $out, its card is $out/README.md, its figures are $out/figures.json, the sample is $out/sample.txt"
