@@ -12,7 +12,15 @@ import torch
 
 
 def level_count(n: int, block_size: int, max_levels: int | None = None) -> int:
-    """Number of levels of a row of ``n`` tokens, at most ``max_levels``; 0 when the near field covers the row (``n <= 2 * block_size``)."""
+    """Number of levels of a row of ``n`` tokens, at most ``max_levels``; 0 when the near field covers the row (``n <= 2 * block_size``).
+
+    Raises ValueError in an export in which ``n`` is not known: a program has so many levels as it was made with.
+    """
+    if torch.compiler.is_exporting() and not isinstance(n, int):
+        raise ValueError(
+            "multipole attention cannot be exported with a dynamic length: its levels are as many as the length asks for; export with a "
+            "fixed length (the batch may be dynamic), or with exact attention, attn_implementation='sdpa'"
+        )
     blocks = -(-n // block_size)
     levels = max(0, (blocks - 1).bit_length() - 1)
     return levels if max_levels is None else min(levels, max_levels)

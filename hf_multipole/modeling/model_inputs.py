@@ -219,11 +219,11 @@ def summary_positions(config: MultipoleConfig, position_ids: torch.Tensor, mask:
         before = positions[:, :1] + torch.arange(-missing, 0, device=positions.device)
         positions = torch.cat([before, positions], 1)
     if alignment is not None:
-        positions = positions.expand(len(alignment.index), -1).gather(1, alignment.index)
-        validity = (alignment.document >= 0).expand(len(positions), -1)
+        positions = positions.expand(alignment.index.shape[0], -1).gather(1, alignment.index)
+        validity = (alignment.document >= 0).expand(positions.shape[0], -1)
     else:
         slots = -(-mask.length // config.block_size) * config.block_size
-        validity = (torch.arange(slots, device=positions.device) < mask.length).expand(len(positions), -1)
+        validity = (torch.arange(slots, device=positions.device) < mask.length).expand(positions.shape[0], -1)
         positions = nn.functional.pad(positions, (0, slots - mask.length))
     means = MeanSummary(config.block_size, config.rank)
     centres = means(positions.masked_fill(~validity, 0)[:, None, :, None], validity, levels)

@@ -18,6 +18,15 @@ _TYPES = {
 }
 
 
+def refuse_onnx() -> None:
+    """Raises ValueError while torch.onnx exports: no operator of these files has a form in ONNX."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "multipole and tensor attention have no operators in ONNX: export the model with exact attention, attn_implementation='sdpa', "
+            "or by torch.export with a fixed length"
+        )
+
+
 def define(
     name: str,
     arguments: type,
@@ -47,10 +56,12 @@ def define(
     def split(values: tuple):
         return arguments(*values[outputs + kept :]), values[:outputs], values[outputs : outputs + kept]
 
-    forward = torch.library.custom_op(
-        name, lambda *values: run(arguments(*values)), mutates_args=(), schema=f"({fields}) -> {returns(outputs)}"
-    )
-    forward.register_fake(lambda *values: fake(arguments(*values)))
+    def taken(values: tuple):
+        refuse_onnx()
+        return arguments(*values)
+
+    forward = torch.library.custom_op(name, lambda *values: run(taken(values)), mutates_args=(), schema=f"({fields}) -> {returns(outputs)}")
+    forward.register_fake(lambda *values: fake(taken(values)))
     if run_backward is None:
         return forward
 
