@@ -40,6 +40,7 @@ def exported(model, given, shapes):
     return torch.export.export(model, (), kwargs=given, dynamic_shapes=dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_fixed_length_and_any_batch(name):
     """The program gives the model's own logits, for another number of rows too."""
@@ -68,6 +69,7 @@ def test_a_dynamic_length_of_the_function(padded):
         torch.export.export(Attention(), given, dynamic_shapes=({2: LENGTH}, {1: LENGTH}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["own", "stock"])
 def test_exact_attention_has_a_dynamic_length(own):
     """What the refusal advises: one program for rows of several lengths."""
