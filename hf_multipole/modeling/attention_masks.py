@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from .calls import refuse_shards
 from .configuration_multipole import multipole_options
 from .hierarchy import Alignment, align_rows, block_of, check_rows, real_tokens
 from .multipole_state import MultipoleState, NewTokens
@@ -220,8 +221,10 @@ def multipole_mask(
     attention_mask: ``(batch, n)`` padding; from our own models, segment_ids ``(batch, n)`` of packed rows and position_ids
     ``(batch or 1, queries)``. Windows (``local_size``) give the mask of exact attention.
 
-    Raises ValueError for patterns other than causal, bidirectional, windows and packed rows, and for padding inside a row.
+    Raises ValueError for patterns other than causal, bidirectional, windows and packed rows, for padding inside a row, and for parts of
+    rows.
     """
+    refuse_shards()
     causal = mask_function is causal_mask_function
     if not causal and mask_function is not bidirectional_mask_function:
         if kwargs.pop("local_size", None) is not None:

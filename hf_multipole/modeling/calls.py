@@ -25,8 +25,20 @@ class Call(NamedTuple):
     backend: str = "auto"
 
 
+def refuse_shards() -> None:
+    """Raises ValueError within torch's ``context_parallel``: each process has a part of the rows there, and only what calls
+    scaled_dot_product_attention, in whose place it puts a function of its own, sees the other parts.
+    """
+    if str(getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", "")).startswith("torch.distributed.tensor.experimental"):
+        raise ValueError(
+            "multipole and tensor attention need whole rows, but torch's context_parallel (cp_size of Accelerate) gives each process part "
+            "of them: leave it out, or use attn_implementation='sdpa'"
+        )
+
+
 def check_tensors(q, k, v, far_keys, attention_mask, segment_ids) -> None:
-    """Raises ValueError or TypeError for tensors of a wrong kind, shape, dtype or device."""
+    """Raises ValueError or TypeError for tensors of a wrong kind, shape, dtype or device, and for parts of rows."""
+    refuse_shards()
     tensors = {"q": q, "k": k, "v": v} | ({} if far_keys is None else {"far_keys": far_keys})
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
