@@ -1,7 +1,6 @@
-"""What a run leaves beside its weights, but for the pictures: the curve, times, a report."""
+"""What a run leaves beside its weights, but for the pictures: the curve, and times of a forward pass."""
 
 import math
-from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
@@ -37,10 +36,3 @@ def measure_scaling(model: PreTrainedModel, longest: int) -> list[dict[str, floa
         out.append({"tokens": length} | times)
     model.set_attn_implementation(own)
     return out
-
-
-def write_figures(path: Path, title: str, figures: str) -> None:
-    """A report: what was measured, below the heading "Figures"; what someone wrote above it stays."""
-    before = path.read_text().split("## Figures\n")[0] if path.is_file() else f"# {title}\n\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}## Figures\n{figures}")

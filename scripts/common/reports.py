@@ -31,6 +31,13 @@ def rounded(x):
     return [rounded(value) for value in x] if isinstance(x, list | tuple) else x
 
 
+def write_figures(path: Path, title: str, figures: str) -> None:
+    """A report: what was measured, below the heading "Figures"; what someone wrote above it stays."""
+    before = path.read_text().split("## Figures\n")[0] if path.is_file() else f"# {title}\n\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}## Figures\n{figures}")
+
+
 def write_beside(report: Path, record: dict) -> None:
     """The figures of a finished run, as JSON beside its report, so that it can be drawn and told anew."""
     report.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hf_multipole.training.figures import colours, figure
-from hf_multipole.training.report import write_figures
-from scripts.common.reports import command, table, write_beside
+from scripts.common.reports import command, table, write_beside, write_figures
 from scripts.studies import approximation_baselines as other
 
 # Ways that have a block size and a rank.

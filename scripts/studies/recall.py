@@ -29,10 +29,9 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.figures import plot_reach
-from hf_multipole.training.report import write_figures
 from scripts.common import peers
 from scripts.common.measuring import machine
-from scripts.common.reports import table, write_beside
+from scripts.common.reports import table, write_beside, write_figures
 from scripts.studies.recall_tasks import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw, item_counts
 
 BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
