@@ -143,12 +143,12 @@ def _call(module, query, length: int, softcap, scale, downsample_queries: bool) 
 
 def _is_exact(module) -> bool:
     """Whether a stock model has left this layer exact."""
-    layers = multipole_options(module.config).layers
-    if layers is None:
+    stated = getattr(module.config, "multipole", None)
+    if not isinstance(stated, dict) or stated.get("layers") is None:
         return False
     if getattr(module, "layer_idx", None) is None:
         raise ValueError(f"layers cannot be chosen in this model: its {type(module).__name__} has no layer number; leave 'layers' out")
-    return module.layer_idx not in layers
+    return module.layer_idx not in multipole_options(module.config).layers
 
 
 def exact_attention(q, k, v, mask, causal, dropout, scale, softcap, output_attentions):
