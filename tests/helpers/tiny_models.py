@@ -40,7 +40,7 @@ def tiny_config(**options) -> MultipoleConfig:
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     fields = dict(block_size=BLOCK, rank=RANK, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     if "layer_types" in options:
-        sizes["num_hidden_layers"] = len(options["layer_types"])
+        options = options | {"num_hidden_layers": len(options["layer_types"])}
     return MultipoleConfig(**sizes | fields | {"far_bias_init": 0.0} | options)
 
 

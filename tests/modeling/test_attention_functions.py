@@ -112,6 +112,7 @@ def test_an_encoder_of_images():
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+@pytest.mark.slow
 def test_stock_layers_run_the_definition(monkeypatch, ids, side, direction):
     if direction == "causal":
         model = build(DECODERS["llama"])
@@ -157,6 +158,7 @@ def test_padding_has_no_influence(name, side, ids):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_generation(name):
     """Cached steps are the full forward pass, also in a batch of unequal rows."""
     model = build(DECODERS[name])
@@ -176,6 +178,7 @@ def test_generation(name):
 
 
 @pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.slow
 def test_generation_on_a_state(name, tmp_path):
     """With a MultipoleCache a stock model writes the same as with all keys."""
     model = build(DECODERS[name])
@@ -266,6 +269,7 @@ def test_attention_weights(ids):
     assert not model(ids).attentions
 
 
+@pytest.mark.slow
 def test_training(ids):
     """Gradient checkpointing and torch.compile change nothing."""
     results = []

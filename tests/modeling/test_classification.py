@@ -55,6 +55,7 @@ def test_parts_of_a_batch_add_up(ids, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_accumulated_steps_of_trainer(ids, tmp_path, kind):
     """A step of Trainer over four batches of one row is the step over one batch of four."""
     head, options = KINDS[kind]

@@ -12,6 +12,7 @@ from tests.helpers.tiny_models import CLOSE, HYBRID, build, pad, randomise, toke
 
 
 @pytest.mark.parametrize("options", [{}, {"rotate_summaries": True}, {"layer_types": HYBRID}, {"summary": "direct"}])
+@pytest.mark.slow
 def test_greedy_generation(options):
     model = build(**options)
     prompt = tokens(n=30)
@@ -60,6 +61,7 @@ def test_sampling(count):
 @pytest.mark.parametrize(
     "options", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"prefill_chunk_size": 7}, {"assistant_early_exit": 1}]
 )
+@pytest.mark.slow
 def test_other_ways_of_generating(options, kind):
     """Speculative decoding takes tokens back; the prompt may come in pieces."""
     model, options = build(**kind), dict(options)
@@ -126,12 +128,13 @@ def test_an_offloaded_cache():
 
 @pytest.mark.parametrize("kind", [{}, {"rotate_summaries": True}, {"summary": "direct"}, {"layer_types": FULL_FIRST}, KINDS[-1]])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.slow
 def test_compiled_steps_are_not_compiled_again(masked, kind):
     """The shapes of the state are fixed: after the first steps, nothing is compiled again as the text grows."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    model = build(**kind)
+    model = build(**{"num_hidden_layers": 1} | kind)
     ids = tokens(n=150)
     full = model(ids, use_cache=False).logits
     mask = torch.ones_like(ids) if masked else None
@@ -150,6 +153,7 @@ def test_compiled_steps_are_not_compiled_again(masked, kind):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_generation(tmp_path):
     """The prompt is not a step on a state: it is attended to outside of the compiled code."""
     torch._dynamo.reset()
@@ -163,6 +167,7 @@ def test_compiled_generation(tmp_path):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_steps_change_every_layer():
     """Also a layer whose output nobody asked for; and with gradients enabled, a step gives those of the eager one."""
     torch._dynamo.reset()

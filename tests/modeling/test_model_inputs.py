@@ -39,6 +39,7 @@ def ids():
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotate_summaries", [True, False])
+@pytest.mark.slow
 def test_a_row_alone_is_the_row_in_a_batch(cls, side, causal, rotate_summaries):
     model = build(cls, is_causal=causal, rotate_summaries=rotate_summaries, layer_types=HYBRID, num_labels=3)
     lengths = (TOKENS, 41, EXACT + 1, 1)

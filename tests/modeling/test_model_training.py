@@ -111,6 +111,7 @@ def test_bfloat16_and_autocast(ids):
         (False, False, {"max_position_embeddings": 32}),
     ],
 )
+@pytest.mark.slow
 def test_compile(ids, training, padded, options):
     model = build(layer_types=["multipole_attention", "full_attention"], **options).train(training)
     ids, mask = pad(ids, left=3)
@@ -132,6 +133,7 @@ def test_compile(ids, training, padded, options):
     torch.testing.assert_close(results[1], results[0], **CLOSE)
 
 
+@pytest.mark.slow
 def test_compile_by_inductor(ids):
     """The default backend, on one layer."""
     model = build(MultipoleModel, dtype=torch.float32, layer_types=["multipole_attention"])

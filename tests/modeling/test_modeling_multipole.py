@@ -210,6 +210,7 @@ def test_a_cache_is_kept_only_where_it_can_be_used(ids):
 
 @pytest.mark.parametrize("asked", ["argument", "config", "from_pretrained"])
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_attention_weights_are_the_definitions(spy, tmp_path, ids, asked, causal):
     model = build(is_causal=causal, layer_types=HYBRID)
     expected_logits = model(ids).logits
@@ -257,6 +258,7 @@ def test_attention_weights_of_padded_rows(spy, n, left, right):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("left", [0, 5])
+@pytest.mark.slow
 def test_rotated_summaries_are_the_definitions(spy, causal, left):
     """rotate_summaries: keys are summarised without their positions, and rotated at their segment's centre."""
     n = 96  # whole groups in all levels
@@ -376,6 +378,7 @@ def test_direct_summaries_have_a_greatest_length():
 
 
 @pytest.mark.parametrize("far_bias_init", [-1.0, None])
+@pytest.mark.slow
 def test_rows_longer_than_those_of_training(spy, far_bias_init):
     """Hierarchical summaries have no limit. Levels that training never had take no part: in far longer rows, and in generation on them,
     attention reaches as far as in training.

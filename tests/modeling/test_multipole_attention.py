@@ -65,6 +65,7 @@ def test_opcheck(causal):
     check_operator(module, "block_attention", *(partial(make(case), multipole_attention) for case in cases))
 
 
+@pytest.mark.slow
 def test_compiles_to_code():
     torch._dynamo.reset()
     compiled = torch.compile(multipole_attention, fullgraph=True)
@@ -73,6 +74,7 @@ def test_compiles_to_code():
     )
 
 
+@pytest.mark.slow
 def test_compiled_code_serves_other_data():
     """Masks and segments are data: others of the same shape must not compile again."""
     torch._dynamo.reset()

@@ -57,6 +57,7 @@ def test_reset():
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"layer_types": HYBRID}])
+@pytest.mark.slow
 def test_a_saved_state_goes_on(kind, tmp_path):
     model = build(**kind)
     ids, mask = tokens(n=120), torch.ones(2, 120, dtype=torch.long)

@@ -92,6 +92,7 @@ def block_layout(near, far, n, block_size, rank, kv_heads, causal):
 
 @pytest.mark.parametrize("logits", [1, 2**30])
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_dropout_is_that_of_the_reference(monkeypatch, causal, logits):
     """The same factors in both: zeros drop near and far weights after the softmax, in gradients too."""
     case = replace(FULL, causal=causal)
@@ -156,6 +157,7 @@ def test_dropout_differs_between_rows_and_heads_and_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_memory_is_linear(monkeypatch, causal):
     monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 2**12)
     peaks = []

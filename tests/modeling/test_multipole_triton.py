@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +20,7 @@ from tests.helpers.multipole_cases import Case, make
 from tests.helpers.multipole_properties import matches_reference
 from tests.helpers.numerics import assert_within
 from tests.helpers.operators import check_operator
+from tests.helpers.processes import environment
 from tests.helpers.tiny_models import build, tokens
 
 triton = pytest.importorskip("triton")
@@ -42,6 +41,7 @@ PACKED = {"cuts": (5,), "padding": ((2, 1),)}
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name, value", [("k", torch.nan), ("v", torch.nan), ("v", torch.inf), ("q", torch.nan)])
+@pytest.mark.slow
 def test_what_is_not_finite_reaches_the_queries_that_see_it(name, value, causal):
     """All channels of them, but no other query."""
     case = replace(FULL, repeats=1, causal=causal, summary="mean", far_keys=False, softcap=None)
@@ -76,6 +76,7 @@ ON_GPU = [pytest.param(case, id=name, marks=GPU) for name, case in ON_GPU.items(
 
 
 @pytest.mark.parametrize("case", [*(pytest.param(case, id=name) for name, case in SIZES.items()), *ON_GPU])
+@pytest.mark.slow
 def test_error_is_within_twice_that_of_the_pytorch_path(case):
     """Which is held to the reference, and in float64 stands for it here."""
     exact, other, actual = (
@@ -107,6 +108,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("options, padded", CACHES.values(), ids=CACHES)
+@pytest.mark.slow
 def test_a_cache_on_the_kernels(monkeypatch, options, padded):
     """A prompt in two pieces, then single tokens, over the ends of blocks of all levels: the PyTorch path's logits, and one pass's."""
     sizes = {"layer_types": ["multipole_attention"], "block_size": 2, "rank": 1, "num_key_value_heads": 1, "dtype": torch.float32}
@@ -138,6 +140,7 @@ def test_a_cache_on_the_kernels(monkeypatch, options, padded):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("linear", [False, True], ids=["", "O(n) form"])
+@pytest.mark.slow
 def test_a_step_has_a_cap_and_grouped_heads(linear, dtype):
     """Against its definition, tokens alone or with the far result of a segment; and its registration."""
     generator = torch.Generator().manual_seed(0)
@@ -188,18 +191,21 @@ def test_the_log_sum_exp_has_a_gradient():
             torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_summaries_meet(monkeypatch):
     """Several programs share the queries that see a group, some of which are not there."""
     monkeypatch.setattr(kernels, "_UNIT", 4)
     matches_reference(multipole_attention, replace(FULL, queries=7, repeats=1, softcap=None), DEVICE)
 
 
+@pytest.mark.slow
 def test_opcheck():
     cases = replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)
     calls = (partial(make(case, device=DEVICE), multipole_attention) for case in cases)
     check_operator(kernels, "attention", *calls, more=("test_aot_dispatch_static",))
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     case = replace(FULL, n=7, causal=False, cuts=(3,), padding=((1, 0),), layout="fused")
     torch._dynamo.reset()
@@ -283,19 +289,26 @@ def test_without_triton_or_with_an_old_one(monkeypatch):
 # Compiled
 
 
-@pytest.mark.parametrize(
-    "capability, dtype, dim, everything",
-    [(90, "bfloat16", 64, 0), (80, "bfloat16", 128, 1), (90, "float16", 128, 1), (80, "float16", 256, 0)],
-)
-def test_compiles_for_gpus(capability, dtype, dim, everything):
-    """Types are right, tiles fit: on machines without one, too."""
-    script = Path(__file__).parents[1] / "helpers" / "compiled_kernels.py"
-    command = [sys.executable, script, str(capability), "--dtypes", dtype, "--dims", str(dim), "--everything", str(everything)]
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+COMPILE = """
+import json, torch
+from tests.helpers.compiled_kernels import compile_all
+cases = (90, "bfloat16", 64, 0), (80, "bfloat16", 128, 1), (90, "float16", 128, 1), (80, "float16", 256, 0)
+for capability, dtype, dim, everything in cases:
+    found = [kernel._asdict() for kernel in compile_all(capability, getattr(torch, dtype), dim, bool(everything))]
+    print(json.dumps({f"{capability} {dtype} {dim} {everything}": found}))
+"""
+
+
+@pytest.mark.slow
+def test_compiles_for_gpus():
+    """Types are right, tiles fit: on machines without one, too. In one interpreter, where kernels are not interpreted."""
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 10
-    for kernel in found:
-        # What a program may take on the smallest GPU of this kind that has bfloat16, two at a time; a few bytes of stack are not in loops.
-        assert kernel["shared"] <= 100 * 1024 and kernel["stack"] <= 64, kernel
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(cases) == 4
+    for name, found in (pair for case in cases for pair in case.items()):
+        assert len(found) == 10, name
+        for kernel in found:
+            # What a program may take on the smallest GPU of this kind that has bfloat16, two at a time; a few bytes of stack are not
+            # in loops.
+            assert kernel["shared"] <= 100 * 1024 and kernel["stack"] <= 64, (name, kernel)

@@ -160,6 +160,7 @@ for cls, prefix, kind in ((options.MultipoleOptions, "", "multipole"), (options.
 """
 
 
+@pytest.mark.slow
 def test_a_new_option_appears_everywhere(tmp_path):
     package = Path(hf_multipole.__file__).parent
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -196,6 +196,7 @@ def test_features_give_the_polynomial_of_the_score(order, scale):
 @example(replace(FULL, n=70, batch=1, cuts=(65,)))
 @example(replace(FULL, n=70, batch=1, causal=False, queries=9))
 @example(TensorCase(n=30, order=2, entries=1.0, padding=PADDED))
+@pytest.mark.slow
 def test_output_and_gradients_equal_the_reference(case):
     """With a polynomial of a high degree."""
     call = make(case)
@@ -404,6 +405,7 @@ def test_bidirectional_queries_see_the_state():
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_memory_does_not_hold_the_features(causal):
     """Forward and backward together take what inputs take, times a constant, and a part of the features at a time."""
     peaks = []

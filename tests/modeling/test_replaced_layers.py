@@ -56,6 +56,7 @@ def test_dynamic_quantization(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.slow
 def test_offloaded_weights(where, kind, tmp_path):
     model = build(**kind)
     expected = model.generate(tokens()[:, :30], **GREEDY)

@@ -187,6 +187,7 @@ def test_initialisation_from_the_meta_device(summary):
 
 
 @pytest.mark.parametrize("summary", ["hierarchical", "direct", "mean"])
+@pytest.mark.slow
 def test_init_empty_weights(tmp_path, ids, summary):
     """accelerate's own way round from_pretrained."""
     model = build(summary=summary)
@@ -231,6 +232,7 @@ OFFLOADED = {
     ids=["auto", "one device", "offloaded"],
 )
 @pytest.mark.parametrize("options", [{}, {"rotate_summaries": True}, {"is_causal": False}], ids=["plain", "rotated", "bidirectional"])
+@pytest.mark.slow
 def test_device_maps(tmp_path, ids, device_map, options):
     model = build(layer_types=HYBRID, **options)
     model.save_pretrained(tmp_path / "model")

@@ -78,6 +78,7 @@ def test_opcheck(causal):
 
 @pytest.mark.parametrize("logits", [1, 2**30])
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_dropout_is_that_of_the_reference(monkeypatch, causal, logits):
     """Near weights are dropped one by one, and far ones for all tokens of a segment; in gradients, too."""
     case = replace(FULL, causal=causal)
@@ -132,6 +133,7 @@ def test_dropout_is_that_of_the_reference(monkeypatch, causal, logits):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_memory_is_linear(monkeypatch, causal):
     """What a token more takes is the same at every length."""
     monkeypatch.setattr(kernel, "_LOGITS_PER_THREAD", 2**12)

@@ -37,6 +37,7 @@ def record_calls(monkeypatch):
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_own_layers_run_the_definition(monkeypatch, causal, side):
     """With learned summaries, those of queries included."""
     model = build(MultipoleForCausalLM if causal else MultipoleForMaskedLM, is_causal=causal, layer_types=LINEAR)
@@ -158,6 +159,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.slow
 def test_stock_generation_on_a_state(name, tmp_path):
     """What a stock model writes without a cache; old queries are not in a cache of keys and values, which is said."""
     model = stock.build(DECODERS[name], implementation="multipole_linear")

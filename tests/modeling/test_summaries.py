@@ -192,6 +192,7 @@ def test_depthwise_map_is_the_einsum(batch, heads, groups, width, rank, dim):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_gradcheck(kind):
     summary, x = build(kind), tokens(22, 1).requires_grad_()
     levels = level_count(22, BLOCK_SIZE)

@@ -35,6 +35,7 @@ def tensors(shape, dtype, weight_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.slow
 def test_map_and_its_gradients(shape, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_GROUPS", 2)
     x, weight, grad, before = tensors(shape, dtype, dtype)
@@ -57,6 +58,7 @@ def test_map_and_its_gradients(shape, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["direct", "hierarchical"])
+@pytest.mark.slow
 def test_summaries_are_those_of_the_pytorch_path(kind):
     """All levels, ragged groups and their counts, and every gradient."""
     generator = torch.Generator().manual_seed(0)

@@ -161,6 +161,7 @@ def match3(row, modulus):
 
 
 @pytest.mark.parametrize("window", [None, (40, 50)])
+@pytest.mark.slow
 def test_match3(window):
     """The constructed solution: one head of order 3 finds every triple, with a null token to compare with."""
     modulus, n = 37, 32

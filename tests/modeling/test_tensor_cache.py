@@ -74,6 +74,7 @@ def splits(draw, total):
 
 @settings(max_examples=40)
 @given(data=st.data(), kind=st.sampled_from(KINDS), layers=st.sampled_from([TENSOR[:1], HYBRID]), padded=st.booleans())
+@pytest.mark.slow
 def test_any_split_gives_the_full_forward(data, kind, layers, padded):
     model, ids, mask = build(layer_types=layers, **kind), tokens(rows=3, n=N), None
     if padded:
@@ -237,6 +238,7 @@ def test_sums_take_no_token_back(layers):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", [TENSOR, HYBRID])
+@pytest.mark.slow
 def test_greedy_generation(kind, layers, short):
     model, prompt = build(layer_types=layers, **kind), tokens(n=15)
     out = generate(model, prompt)
@@ -250,6 +252,7 @@ def test_greedy_generation(kind, layers, short):
 
 
 @pytest.mark.parametrize("kind", [{}, WINDOW, POLYNOMIAL])
+@pytest.mark.slow
 def test_beam_search_and_sampling(kind, short):
     model, prompt = build(layer_types=HYBRID, **kind), tokens(n=15)
     beams = dict(num_beams=4, length_penalty=0.0, return_dict_in_generate=True, output_scores=True)
@@ -301,6 +304,7 @@ def test_an_offloaded_cache(kind):
 
 @pytest.mark.parametrize("kind", [WINDOW, POLYNOMIAL])
 @pytest.mark.parametrize("layers", [TENSOR[:1], HYBRID[:2]])
+@pytest.mark.slow
 def test_compiled_steps(kind, layers):
     """Tensor layers run outside of the compiled code, and what comes out is the same."""
     model, ids = build(layer_types=layers, **kind), tokens(n=N)

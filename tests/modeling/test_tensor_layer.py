@@ -259,6 +259,7 @@ def test_bfloat16_and_autocast(ids, options):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.slow
 def test_compile(ids, training):
     model = build(MultipoleForCausalLM, layer_types=["tensor_attention"], tensor_window=[3, 9]).train(training)
     torch._dynamo.reset()

@@ -103,6 +103,7 @@ def test_kernels_with_tiles_of_the_size_that_is_used(quick_interpreter, dtype):
 
 
 @interpreted
+@pytest.mark.slow
 def test_near_linear_kernels_see_exactly_what_is_visible(quick_interpreter):
     near = partial(by_kernels, method="polynomial", degree=3, entry_bound=1.0)
     case = TensorCase(n=5, dim=2, batch=1, kv_heads=1, entries=1.0, dtype=torch.float32, padding=((1, 0),), cuts=(3,))
@@ -137,6 +138,7 @@ DIFFERENTIATED += [(fixed_polynomial, order, None) for order in (2, 3, 4)]
 
 @pytest.mark.parametrize("attention, order, window", DIFFERENTIATED)
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.slow
 def test_gradients_are_numerical_derivatives(attention, causal, order, window):
     """Which share nothing with the reference; near-linear, they are those of the polynomial, whatever its degree."""
     sizes = dict(n=6, dim=2, value_dim=1, batch=1, kv_heads=1, repeats=2, queries=5)

@@ -102,6 +102,7 @@ def test_dropout_keeps_the_mean(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, (8, 32)])
+@pytest.mark.slow
 def test_memory_is_linear(monkeypatch, window):
     """Neither n ** 2 * dim nor n ** 3 numbers; and doubling n at most doubles what doubling it before added."""
     monkeypatch.setattr(tiles, "_LOGITS_PER_THREAD", 2**12)

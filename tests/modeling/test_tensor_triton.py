@@ -76,6 +76,7 @@ def test_features(dim, degree):
 
 
 @pytest.mark.parametrize("case", NEAR_CASES.values(), ids=NEAR_CASES)
+@pytest.mark.slow
 def test_the_near_linear_path_equals_its_definition(case):
     """The same polynomial in float64, within what the certificate allows for rounding."""
     exact = make(case, torch.float64, rounded=case.dtype)
@@ -205,6 +206,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_compiled_for_gpus_that_are_not_there(tmp_path):
     """Types, of which the interpreter knows nothing; the shared memory of any GPU since the A100; few registers that are spilled."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
