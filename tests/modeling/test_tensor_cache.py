@@ -381,7 +381,7 @@ def test_a_mask_that_contradicts_the_sums():
 
 
 def test_packed_rows_have_no_cache(filled):
-    refused(*filled, "packed rows have no cache", input_ids=filled[1][:, :3], position_ids=torch.tensor([[0, 1, 0]]))
+    refused(*filled, "position_ids start anew within a row", input_ids=filled[1][:, :3], position_ids=torch.tensor([[0, 1, 0]]))
 
 
 @pytest.mark.parametrize("kind", [WINDOW, POLYNOMIAL])

@@ -74,7 +74,7 @@ def mask_of(attention, x, attention_mask=None, segment_ids=None):
     options = dict(attention_mask=attention_mask, segment_ids=segment_ids, config=attention.config)
     causal = causal_mask_function if attention.is_causal else bidirectional_mask_function
     sizes = dict(batch_size=len(x), q_length=x.shape[1], kv_length=x.shape[1])
-    return {"tensor": ALL_MASK_ATTENTION_FUNCTIONS["tensor"](**sizes, mask_function=causal, **options)}
+    return ALL_MASK_ATTENTION_FUNCTIONS["tensor"](**sizes, mask_function=causal, **options)
 
 
 def rows(kind, n):
@@ -93,7 +93,7 @@ def test_the_layer_is_the_definition(options, causal, kind):
     attention, n = layer(is_causal=causal, **options), 11
     x, inputs = torch.randn(2, n, 32, dtype=torch.float64, requires_grad=True), rows(kind, n)
     leaves = [x, *(p for name, p in attention.named_parameters() if not name.startswith("o_proj"))]
-    out, weights = attention(x, mask_of(attention, x, **inputs))
+    out, weights = attention(x, mask_of(attention, x, **inputs), "tensor")
     expected = tensor_attention_reference(*tensors_of(attention, x), causal=causal, window=options.get("tensor_window"), **inputs)
     expected = expected.transpose(1, 2).flatten(2)
     assert weights is None and expected.abs().max() > 0.1
@@ -115,7 +115,7 @@ def test_the_polynomial_is_within_its_certificate(causal, kind, degree):
     expected = tensor_attention_reference(query, keys, values, causal=causal, **inputs)
     bounded = dict(method="polynomial", causal=causal, degree=degree, entry_bound=POLYNOMIAL["tensor_entry_bound"], **inputs)
     _, certificate = tensor_attention(query, keys, values, return_certificate=True, **bounded)
-    out = attention(x, mask_of(attention, x, **inputs))[0].unflatten(2, (4, 8)).transpose(1, 2)
+    out = attention(x, mask_of(attention, x, **inputs), "tensor")[0].unflatten(2, (4, 8)).transpose(1, 2)
     error = (out - expected).abs()
     assert (error <= certificate.error).all()
     assert error.max() > 1e-6  # it is the polynomial that ran
