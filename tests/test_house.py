@@ -42,6 +42,7 @@ INTERFACE = {
     "modeling_multipole",
     "multipole_cache",
     "private",
+    "rotary",
     "tensor_cache",
     "tensor_layer",
 }

@@ -22,6 +22,7 @@ from .hierarchy import level_count, real_tokens
 from .kinds import BY_IMPLEMENTATION, layer_implementation
 from .multipole_cache import check_cache, compiled_state, keeps_state
 from .private import with_implementation
+from .rotary import check_rotation, depends_on_length
 from .summaries import MeanSummary
 
 
@@ -68,6 +69,8 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
     if past_key_values is not None and compiled is None:
         mask = None if output_attentions else multipole
         check_cache(past_key_values, model, embeddings, mask, masks.get("tensor"), attention_mask)
+    if past_key_values is not None and depends_on_length(config):
+        check_rotation(config, past_key_values, position_ids)
     centres = None
     if multipole is not None and config.rotate_summaries:
         layer = next(i for i, implementation in enumerate(implementations) if masks[implementation] is multipole)

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -27,6 +26,7 @@ from .kinds import KINDS
 from .model_inputs import last_tokens, prepare
 from .multipole_cache import keeps_state, take_number
 from .private import shift_labels_of
+from .rotary import MultipoleRotaryEmbedding, depends_on_length, is_rotated_anew, rotate
 
 logger = logging.get_logger(__name__)
 
@@ -55,46 +55,6 @@ class MultipoleMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class MultipoleRotaryEmbedding(nn.Module):
-    def __init__(self, config: MultipoleConfig):
-        super().__init__()
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        initial = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = initial(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        # Frequencies keep their precision when a model is put into another dtype: rounded to bfloat16, they would be off by a whole
-        # turn after a few thousand tokens.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
-
-    @staticmethod
-    def compute_default_rope_parameters(config: MultipoleConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``(..., head_dim)`` of positions ``(...)``, which need not be integers."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
-        angles = torch.cat([angles, angles], -1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
 
 
 class _RotatedSummary:
@@ -344,8 +304,27 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
 
     @property
     def _is_stateful(self) -> bool:
-        """Whether no token can be taken back, which assisted generation needs."""
-        return self.config.tensor_method == "polynomial" and "tensor_attention" in self.config.layer_types
+        """Whether assisted generation is refused: where no token can be taken back, or candidates would change the angles of the tokens
+        before them.
+        """
+        sums = self.config.tensor_method == "polynomial" and "tensor_attention" in self.config.layer_types
+        return sums or depends_on_length(self.config)
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        """See :meth:`transformers.GenerationMixin.prepare_inputs_for_generation`. Where the keys in the cache would have other angles in
+        the longer text, it is read anew.
+        """
+        new, all_tokens = kwargs.get("next_sequence_length"), input_ids.shape[1]
+        if depends_on_length(self.config) and past_key_values is not None and new == all_tokens - past_key_values.get_seq_length():
+            length = all_tokens if attention_mask is None else int(attention_mask.sum(1).max())
+            if is_rotated_anew(self.config, past_key_values, length, new):
+                logger.warning_once(
+                    f"rope_type {self.config.rope_parameters['rope_type']!r} turns all keys as the text grows, so that it is read anew: "
+                    "'dynamic' does so with each further token, 'longrope' once; 'yarn' never"
+                )
+                past_key_values.reset()
+                kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args, **kwargs):
         """See :meth:`transformers.GenerationMixin.generate`."""

@@ -242,6 +242,8 @@ class MultipoleCache(DynamicCache):
     ```
     """
 
+    rotation: int | None = None  # the length whose angles the keys have, where these depend on it
+
     def __init__(self, config: PreTrainedConfig, rollback: int = ROLLBACK):
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"MultipoleCache takes a model's configuration (config=model.config), but this is a {type(config).__name__}")
@@ -320,7 +322,7 @@ class MultipoleCache(DynamicCache):
                 raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be saved")
             kept = getattr(layer, "kept", None)
             layers.append({"seen": layer.get_seq_length()} if kept is None else kept.description())
-        metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
+        metadata = {"format": _FORMAT, "model": fingerprint(model), "layers": json.dumps(layers), "rotation": json.dumps(self.rotation)}
         # A name of its own, so that a half-written file is never taken for a whole one.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -351,6 +353,7 @@ class MultipoleCache(DynamicCache):
         tensors = load_file(path, device=str(model.device))
         cache = cls(config=model.config)
         cache.bind(model)
+        cache.rotation = json.loads(metadata.get("rotation", "null"))
         for i, (layer, description) in enumerate(zip(cache.layers, json.loads(metadata["layers"]))):
             own = {name.split(".")[1]: x for name, x in tensors.items() if name.split(".")[0] == str(i)}
             if hasattr(layer, "kept"):
