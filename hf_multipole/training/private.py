@@ -1,4 +1,4 @@
-"""What is used of Trainer's inside, which Transformers may change: each by a name of our own, and checked with version 5.23."""
+"""What is used of Trainer's inside, which Transformers may change: each by a name of our own, and checked with versions 5.23 and 5.24."""
 
 from pathlib import Path
 
