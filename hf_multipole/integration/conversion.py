@@ -9,6 +9,7 @@ constructor, so that the part is there before the weights are read.
 import inspect
 import operator
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..modeling.attention_masks import refuse_cross_attention
 from ..modeling.configuration_multipole import check_polynomial, has_tensor_options, multipole_options, tensor_options
 from ..modeling.learned import FarField, trained_length
 from ..modeling.options import MultipoleOptions, TensorOptions, default_of, fields_of, nearest, takes_options
-from ..modeling.private import before_post_init, implementation_of, mark_initialised, set_implementation
+from ..modeling.private import before_choice, before_post_init, implementation_of, mark_initialised, set_implementation
 from .tensor_branch import TensorBranch
 
 logger = logging.get_logger(__name__)
@@ -99,6 +100,19 @@ def _complete(model: nn.Module) -> None:
                 f"the model was converted to {kind} attention, but runs with {runs!r}, without its "
                 f"{learned}: pass attn_implementation={kind!r} if this was not your choice"
             )
+    _tell_of_options(model)
+
+
+def _tell_of_options(model: nn.Module) -> None:
+    """Says once that ``config.multipole`` is not used, which a checkpoint has kept, but not the implementation that reads it."""
+    config = model.config
+    if config.model_type == "multipole" or not getattr(config, "multipole", None) or implementation_of(config) in KINDS:
+        return
+    if not any(_is_converted(module) for module in model.modules()):
+        logger.warning_once(
+            f"config.multipole has options of multipole attention, but the model runs with {implementation_of(config)!r}, which does not "
+            "read them: pass attn_implementation='multipole' if this was not your choice"
+        )
 
 
 def _is_converted(module: nn.Module) -> bool:
@@ -117,6 +131,25 @@ def _is_stock(module: nn.Module) -> bool:
 
 
 before_post_init(_complete)
+
+
+def _refuse_by_tables(model_class: type[nn.Module], name: str | None) -> None:
+    """Stock architectures that look their attention up in a table of classes find a clear ValueError there, in place of a KeyError."""
+    if name not in KINDS or not model_class.__module__.startswith("transformers.models."):
+        return
+
+    def refuse(config, *args, **kwargs):
+        raise ValueError(
+            f"{model_class.__name__} does not compute attention by Transformers' attention interface, so that attn_implementation={name!r} "
+            "cannot run it; use 'eager' or 'sdpa'"
+        )
+
+    for variable, table in vars(sys.modules[model_class.__module__]).items():
+        if variable.endswith("ATTENTION_CLASSES") and isinstance(table, dict):
+            table.setdefault(name, refuse)
+
+
+before_choice(_refuse_by_tables)
 
 
 def uses_interface(module: nn.Module) -> bool:

@@ -201,6 +201,16 @@ def _check_call(query, mask: MultipoleMask, is_causal=None, cu_seq_lens_q=None, 
         mask.check_positions(position_ids)
 
 
+def _tell_of_windows(config) -> None:
+    """Says once that nothing is approximated in a model all of whose layers have a sliding window."""
+    kinds = getattr(config, "layer_types", None)
+    if (kinds is None or "full_attention" not in kinds) and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"{asked_for(config)} changes nothing in this model ({config.model_type}): all of its layers have a sliding window, which is "
+            "exact and stays so. sliding_window=None in its configuration lets them see the whole row"
+        )
+
+
 def _checked_mask(module, query, key, mask, past, kwargs: dict) -> MultipoleMask:
     """The mask of a layer that sees whole rows. Raises ValueError where it is not one, or not that of these tokens; past: a cache layer
     with a state, or None.
@@ -241,11 +251,23 @@ def _on_state(module, past, query, key, value, mask: MultipoleMask, asked: _Aske
     return attend_state(query, key, value, mask.attention_mask, mask.position_ids, *rest, *numbers, asked.downsample_queries)
 
 
+def _refuse_thrown_caches(config) -> None:
+    """Raises ValueError for models that do not keep the cache that they were given."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "longrope" in [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]:
+        raise ValueError(
+            f"{asked_for(config)} needs the queries of all tokens, or a state of them, but models with longrope rotations throw their "
+            "cache away where the row passes original_max_position_embeddings: generate with use_cache=False, or with 'multipole'"
+        )
+
+
 def _on_rows(module, query, key, value, mask: MultipoleMask, asked: _Asked) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of whole rows, whose keys are all there, and its weights if asked for."""
     alignment, far_field = mask.alignment, getattr(module, "far_field", None)
     # Rows that are mostly padding have fewer levels than their length tells.
     longest = mask.length if alignment is None else min(mask.length, alignment.index.shape[1])
+    if asked.downsample_queries and query.shape[2] < key.shape[2]:
+        _refuse_thrown_caches(module.config)
     call = _call(module, query, longest, asked.softcap, asked.scaling, asked.downsample_queries)
     call = call._replace(causal=mask.causal, dropout_p=asked.dropout, key_summary=asked.key_summary or call.key_summary)
     out, weights = aligned_attention(query, key, value, alignment, call, asked.far_keys, asked.output_attentions)
@@ -277,6 +299,7 @@ def multipole_attention_forward(
     windowed = isinstance(attention_mask, WindowMask)
     refuse_features(kwargs, windowed, asked_for(module.config))
     if windowed:
+        _tell_of_windows(module.config)
         return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, asked.output_attentions)
     past = getattr(key, "layer", None)
     mask = _checked_mask(module, query, key, attention_mask, past, kwargs)

@@ -13,15 +13,24 @@ from .private import implementation_of, packed_documents
 from .tensor_attention import document_numbers
 
 
+class NoTensorError(ValueError, AttributeError):
+    """For models that take a mask of ours for a tensor; an AttributeError, too, for those that ask whether it has an attribute."""
+
+
 class _Opaque:
     """A mask that models must hand on to the attention function as it is."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        raise ValueError(_OPAQUE)
+        raise NoTensorError(_OPAQUE)
 
     def __getitem__(self, index):
-        raise ValueError(_OPAQUE)
+        raise NoTensorError(_OPAQUE)
+
+    def __getattr__(self, name):
+        if hasattr(torch.Tensor, name) and not name.startswith("__"):
+            raise NoTensorError(_OPAQUE)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 _OPAQUE = (

@@ -68,6 +68,8 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
     multipole = masks.get("multipole", masks.get("multipole_linear"))
     if past_key_values is not None and compiled is None:
         mask = None if output_attentions else multipole
+        if multipole is not None and config.rotate_summaries:
+            _check_width(config, implementations, past_key_values)
         check_cache(past_key_values, model, embeddings, mask, masks.get("tensor"), attention_mask)
     if past_key_values is not None and depends_on_length(config):
         check_rotation(config, past_key_values, position_ids)
@@ -77,6 +79,17 @@ def prepare(model, embeddings, attention_mask, position_ids, past_key_values, us
         if past_key_values is None or not keeps_state(past_key_values, layer, output_attentions):
             centres = summary_positions(config, position_ids, multipole)
     return ModelInputs(position_ids, implementations, masks, past_key_values, centres)
+
+
+def _check_width(config: MultipoleConfig, implementations: list[str], cache: Cache) -> None:
+    """Raises ValueError where a cache that others have filled, PEFT say, lacks the keys without positions that are summarised."""
+    for implementation, layer in zip(implementations, cache.layers):
+        keys = getattr(layer, "keys", None)
+        if implementation in ("multipole", "multipole_linear") and isinstance(keys, torch.Tensor) and keys.shape[-1] == config.head_dim:
+            raise ValueError(
+                "the cache holds keys as exact attention has them, but rotate_summaries=True needs those without positions beside them: a "
+                "prefix of PEFT (prefix tuning) has none; use prompt tuning, or a model with rotate_summaries=False"
+            )
 
 
 def _segments(embeddings, attention_mask, position_ids, past_key_values, bounds) -> torch.Tensor | None:

@@ -84,6 +84,22 @@ def before_post_init(callback: Callable[[nn.Module], None]) -> None:
     PreTrainedModel.post_init = after_callback
 
 
+def before_choice(callback: Callable[[type[nn.Module], str | None], None]) -> None:
+    """Has ``callback(model class, name)`` called whenever a model is to run with an attention implementation, before it is built: some
+    architectures look the name up in a table of their own, and would raise KeyError.
+    """
+    from transformers import PreTrainedModel
+
+    choose = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(choose)
+    def after_callback(self, requested_attention, *args, **kwargs):
+        callback(type(self), requested_attention)
+        return choose(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = after_callback
+
+
 class LearnedPart(nn.Module):
     """What a converted model has more than the stock one. Its ``reset_parameters`` fills what a checkpoint lacks."""
 
