@@ -71,7 +71,8 @@ def prepare(args: argparse.Namespace):
 def run(args: argparse.Namespace) -> None:
     with told_in_a_line(args.program):
         accelerator, model, causal, collator, rows = prepare(args)
-    results, probes = {}, {kind: {} for kind in args.probes}
+    results: dict = {}
+    probes: dict = {kind: {} for kind in args.probes}
     for length, part in rows.items():
         scored = windows(part, length, args.stride) if args.stride else part
         results[str(length)] = measure(model, scored, collator, accelerator, args.batch_size, causal, f"context {length}")

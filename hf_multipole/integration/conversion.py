@@ -177,7 +177,7 @@ def is_chosen(module: nn.Module) -> bool:
 
 def _give_part(module: nn.Module) -> None:
     """The learned parts that the configuration asks for; nothing for models that were not converted."""
-    config = module.config
+    config: Any = module.config
     if not getattr(config, "multipole", None):
         return
     options, kind = multipole_options(config), _kind_of(config)
@@ -193,7 +193,7 @@ def _give_part(module: nn.Module) -> None:
     if kind == "tensor":
         tensor = tensor_options(config, head_dim)
         check_polynomial(tensor)
-        part = TensorBranch(tensor, heads, kv_heads, head_dim)
+        part: nn.Module = TensorBranch(tensor, heads, kv_heads, head_dim)
     else:
         length = getattr(config, "max_position_embeddings", None)
         if length is None and options.summary == "direct":
@@ -244,7 +244,7 @@ def convert(model: PreTrainedModel, kind: str = "multipole", **options: Any) -> 
     """
     given = _checked_options(kind, options)
     modules = _convertible(model)
-    configs = {id(module.config): module.config for module in modules.values()}.values()
+    configs: list[Any] = list({id(module.config): module.config for module in modules.values()}.values())
     before = [getattr(config, "multipole", None) for config in configs]
     try:
         for config, stated in zip(configs, before):
@@ -399,7 +399,7 @@ def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreT
         raise ValueError(f"max_position_embeddings is {max_position_embeddings}, but {name} is for rows of {length} already")
     # Of a composite model, those parts that know of a length: not images.
     modules = [module for module in found if trained_length(module) is not None]
-    configs = list({id(module.config): module.config for module in modules}.values())
+    configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
     for config in configs:
         rope = getattr(config, "rope_parameters", None) or {}
         # One for all layers, or one for each kind of them.
@@ -416,8 +416,9 @@ def extend_context(model: PreTrainedModel, max_position_embeddings: int) -> PreT
         if module in theirs and isinstance(module, nn.Embedding) and re.search(r"pos|wpe", path.rpartition(".")[2]):
             raise ValueError(f"{name} has learned positions for {module.num_embeddings} tokens ({path}), which cannot be extended")
     for module in modules:
-        if hasattr(module, "far_field"):
-            module.far_field.extend(max_position_embeddings)
+        far_field: Any = getattr(module, "far_field", None)
+        if far_field is not None:
+            far_field.extend(max_position_embeddings)
     for config in configs:
         config.max_position_embeddings = max_position_embeddings
     return model

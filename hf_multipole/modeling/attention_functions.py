@@ -1,7 +1,6 @@
 """Multipole and tensor attention as attention implementations of Transformers: the attention functions."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,8 +48,8 @@ class _Asked(NamedTuple):
     downsample_queries: bool = False
     # Of our own models, where summaries are rotated:
     far_keys: torch.Tensor | None = None  # keys without positions
-    key_summary: Callable | None = None  # which gives the summaries theirs
-    rotary: Callable | None = None  # the same for a state, the model's rotate_at
+    key_summary: nn.Module | None = None  # which gives the summaries theirs
+    rotary: Any = None  # the same for a state, the model's rotate_at
 
 
 @torch.compiler.disable
@@ -296,9 +295,8 @@ def multipole_attention_forward(
     """
     own = {name: kwargs.pop(name) for name in _Asked._fields if name in kwargs}
     asked = _Asked(dropout, scaling, softcap, bool(output_attentions), **own)
-    windowed = isinstance(attention_mask, WindowMask)
-    refuse_features(kwargs, windowed, asked_for(module.config))
-    if windowed:
+    refuse_features(kwargs, isinstance(attention_mask, WindowMask), asked_for(module.config))
+    if isinstance(attention_mask, WindowMask):
         _tell_of_windows(module.config)
         return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, asked.output_attentions)
     past = getattr(key, "layer", None)
@@ -308,7 +306,8 @@ def multipole_attention_forward(
             raise ValueError("the cache was made for other layers than config.multipole['layers']: make it from this model's configuration")
         pairs = mask.pairs(query.device)
         return exact_attention(query, key, value, pairs, mask.causal, dropout, scaling, softcap, asked.output_attentions)
-    query, key, value = _in_autocast(query, key if past is None else key.new, value)
+    given: Any = key
+    query, key, value = _in_autocast(query, given if past is None else given.new, value)
     if past is not None:
         out, weights = _on_state(module, past, query, key, value, mask, asked), None
     else:
@@ -316,7 +315,7 @@ def multipole_attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def multipole_linear_attention_forward(module: torch.nn.Module, *args, **kwargs) -> tuple[torch.Tensor, None]:
+def multipole_linear_attention_forward(module: torch.nn.Module, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function of "multipole_linear", the O(n) form of "multipole": see there."""
     return multipole_attention_forward(module, *args, downsample_queries=True, **kwargs)
 
@@ -328,16 +327,17 @@ _NOT_TENSOR = (
 )
 
 
-def tensor_mask(*args, config=None, **kwargs) -> MultipoleMask | TensorMask:
+def tensor_mask(*args, config=None, **kwargs) -> MultipoleMask | TensorMask | WindowMask:
     """Mask function of "tensor": as :func:`multipole_mask`, for models that have tensor layers; for converted stock models, with what
     "sdpa" is given.
     """
     if "tensor_attention" in (getattr(config, "layer_types", None) or ()):
-        return multipole_mask(*args, config=config, **kwargs)
+        return multipole_mask(*args, **kwargs | {"config": config})
     if not has_tensor_options(config):
         raise ValueError(_NOT_TENSOR)
     windowed = kwargs.get("local_size") is not None
-    return TensorMask(sdpa_mask(*args, **kwargs), None if windowed else multipole_mask(*args, config=config, **kwargs))
+    tokens: Any = None if windowed else multipole_mask(*args, **kwargs | {"config": config})
+    return TensorMask(sdpa_mask(*args, **kwargs), tokens)
 
 
 @torch.compiler.disable
@@ -409,17 +409,20 @@ def tensor_attention_forward(
         return _branched_attention(module, query, key, value, attention_mask, dropout, scaling, output_attentions, **kwargs)
     if output_attentions:
         raise ValueError(_NO_WEIGHTS)
-    if kwargs.get("cu_seq_lens_q") is not None and attention_mask.segment_ids is None:
+    mask: Any = attention_mask
+    if kwargs.get("cu_seq_lens_q") is not None and mask.segment_ids is None:
         raise ValueError("cu_seq_lens_q needs use_cache=False and no attention_mask in models with tensor layers")
-    past, mask, options = getattr(key, "layer", None), attention_mask, module.options
+    past = getattr(key, "layer", None)
+    options: Any = module.options
+    indices: Any = module.indices
     check_dropout(options, dropout)
     if past is not None:
         return _attend_sums(module, past, query, key.new, value, mask).transpose(1, 2).contiguous(), None
     query, key, value = _in_autocast(query, key, value)
     out = document_attention(
         query,
-        key.chunk(module.indices, 1),
-        value.chunk(module.indices, 1),
+        key.chunk(indices, 1),
+        value.chunk(indices, 1),
         None if mask.documents is None else mask.documents[:, -key.shape[2] :],
         options,
         causal=mask.causal,

@@ -186,8 +186,8 @@ class TensorMask(_Opaque):
     tokens: MultipoleMask | None  # for the tensor branch; None for layers with a window, which stay exact
 
     def to(self, *args, **kwargs) -> "TensorMask":
-        given = {name: x for name, x in (("exact", self.exact), ("tokens", self.tokens)) if x is not None}
-        return replace(self, **{name: x.to(*args, **kwargs) for name, x in given.items()})
+        exact = None if self.exact is None else self.exact.to(*args, **kwargs)
+        return replace(self, exact=exact, tokens=None if self.tokens is None else self.tokens.to(*args, **kwargs))
 
 
 def check_one_document(position_ids: torch.Tensor, real: torch.Tensor | None) -> None:

@@ -48,7 +48,7 @@ def _once(make, *given):
     return _checked[key]
 
 
-def _stated(config: PreTrainedConfig, cls: type) -> dict:
+def _stated(config: PreTrainedConfig, cls: type[MultipoleOptions] | type[TensorOptions]) -> dict:
     """What a configuration says, by outside names: the fields of our own, or ``config.multipole`` of others."""
     if config.model_type == "multipole":
         return {name: getattr(config, name) for name in _OWN[cls]}

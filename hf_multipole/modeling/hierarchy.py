@@ -56,11 +56,11 @@ class FarColumns(NamedTuple):
 def far_columns(n: int, block_size: int, levels: int, causal: bool, first_block: int = 0, device=None) -> FarColumns:
     """Interaction lists of the blocks ``first_block, ..., ceil(n / block_size) - 1``, ``levels`` levels side by side."""
     blocks = -(-n // block_size)
-    levels = range(1, levels + 1)
-    groups = [group_count(n, block_size, level) for level in levels]
+    numbers = range(1, levels + 1)
+    groups = [group_count(n, block_size, level) for level in numbers]
     lists = [
         (level, groups[level - 1], sum(groups[: level - 1]), side, child)
-        for level in levels
+        for level in numbers
         for side in ((-1,) if causal else (-1, 1))
         for child in (0, 1)
     ]
@@ -79,7 +79,7 @@ class Alignment(NamedTuple):
     group widths it needs, so that the grid's groups are the document's own.
     """
 
-    index: torch.Tensor  # (batch, slots) token of each slot, 0 where empty
+    index: torch.Tensor  # type: ignore[assignment]  # (batch, slots) token of each slot, 0 where empty
     slot: torch.Tensor  # (batch, n) slot of each token, 0 where padding
     valid: torch.Tensor  # (batch, n) bool, the real tokens
     document: torch.Tensor  # (batch, slots) number of the document in its row, -1 where empty

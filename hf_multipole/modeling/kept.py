@@ -62,7 +62,7 @@ class KeptTokens(Kept):
         self.window, self.dropped = window, dropped
 
     @property
-    def seen(self) -> int:
+    def seen(self) -> int:  # type: ignore[override]  # others count
         return self.dropped + self.keys.shape[2]
 
     @property

@@ -1,11 +1,11 @@
 """A layer of a cache of Transformers that hands all that is asked of it on to what it keeps."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .kept import Kept, KeptTokens
+from .kept import KeptTokens
 
 # Tokens that can be taken back (assisted decoding), rounded up to whole blocks.
 ROLLBACK = 64
@@ -23,7 +23,7 @@ class KeptLayer(DynamicLayer):
 
     supports_early_init = False
     rollback = ROLLBACK
-    kept: Kept | None = None
+    kept: Any = None  # a Kept, of a kind that the layer knows
 
     def __init__(self, *args, **kwargs):
         """Not that of Transformers, which sets what are properties here."""

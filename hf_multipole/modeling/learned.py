@@ -1,5 +1,7 @@
 """What an attention layer learns about the far field: summaries of groups, and a bias of their logits."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -40,7 +42,7 @@ class FarField(LearnedPart):
         block_size, rank = options.block_size, options.rank
         self.heads, self.max_length, self.block_size = heads, max_length, block_size
 
-        def summary(heads: int) -> nn.Module:
+        def summary(heads: int) -> MeanSummary | DirectSummary | HierarchicalSummary:
             if options.summary == "mean":
                 return MeanSummary(block_size, rank)
             if options.summary == "direct":
@@ -55,7 +57,7 @@ class FarField(LearnedPart):
         self.reset_parameters()
 
     @property
-    def summaries(self) -> list[nn.Module]:
+    def summaries(self) -> list[Any]:
         return [x for x in (self.key_summary, self.value_summary, self.query_summary) if x is not None]
 
     @torch.no_grad()

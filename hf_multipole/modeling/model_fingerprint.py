@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 # Fields of a configuration that do not change what a layer keeps.
-_INDIFFERENT = ("dropout", "_token_id", "output_", "initializer_range", "far_bias_init", "use_cache", "return_dict", "version")
-_INDIFFERENT += ("architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "tie_word_embeddings")
+_OPTIONAL = ("dropout", "_token_id", "output_", "initializer_range", "far_bias_init", "use_cache", "return_dict", "version")
+_INDIFFERENT = (*_OPTIONAL, "architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "tie_word_embeddings")
 # What a layer with adapters (of PEFT) computes with, beside its tensors.
 _SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
@@ -26,7 +27,8 @@ def fingerprint(model: nn.Module) -> str:
     Raises ValueError where weights are offloaded.
     """
     model = backbone(model)
-    fields = {name: x for name, x in model.config.to_dict().items() if not any(part in f"{name}_" for part in _INDIFFERENT)}
+    config: Any = model.config
+    fields = {name: x for name, x in config.to_dict().items() if not any(part in f"{name}_" for part in _INDIFFERENT)}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     adapted = {name: module for name, module in model.named_modules() if isinstance(getattr(module, "disable_adapters", None), bool)}
     idle = tuple(part for name, module in adapted.items() for part in _idle(name, module))
@@ -54,7 +56,8 @@ def _add(digest, name: str, x) -> None:
     elif x.is_meta:
         raise ValueError(f"{name} is offloaded: states of a model are saved and loaded while all its weights are in memory")
     elif hasattr(x, "__tensor_flatten__"):
-        parts, rest = x.detach().__tensor_flatten__()
+        subclass: Any = x.detach()
+        parts, rest = subclass.__tensor_flatten__()
         digest.update(f"{name} {type(x).__name__} {sorted(map(str, rest.items())) if isinstance(rest, dict) else ''}".encode())
         _add(digest, name, [getattr(x, part) for part in parts])
     elif x.is_quantized:
@@ -77,7 +80,7 @@ def _switches(module: nn.Module) -> dict:
 
 
 def _active(module: nn.Module) -> list[str]:
-    active = module.active_adapters
+    active: Any = module.active_adapters
     return [active] if isinstance(active, str) else list(active)
 
 

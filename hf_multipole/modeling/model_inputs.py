@@ -1,6 +1,6 @@
 """One forward of a multipole model: what it is given, checked, with the positions, documents and masks that its layers need."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ class ModelInputs(NamedTuple):
 
     position_ids: torch.Tensor  # (batch or 1, queries)
     implementations: list[str]  # the attention function of each layer, by its name
-    masks: dict[str, object]  # of each of these
+    masks: dict[str, Any]  # of each of these
     past_key_values: Cache | None
     centres: list[torch.Tensor] | None  # positions of summaries that are rotated, as from summary_positions
 
@@ -172,7 +172,7 @@ class _Tokens(NamedTuple):
     length: int | None
 
 
-def _masks(config: MultipoleConfig, implementations: list[str], tokens: _Tokens) -> dict[str, object]:
+def _masks(config: MultipoleConfig, implementations: list[str], tokens: _Tokens) -> dict[str, Any]:
     """The masks of all attention functions; those with one mask function share the mask."""
     masks, made = {}, {}
     for name in implementations:

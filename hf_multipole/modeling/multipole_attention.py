@@ -145,8 +145,8 @@ def summarise(k, v, far_keys, rows: Rows, call: Call, kernels: bool):
     """Keys and values in their slots, for further use (see summaries.py), and their Field; far_keys are summarised in place of keys."""
     dtype, heads = torch.promote_types(k.dtype, torch.float32), k.shape[:2]
     if not rows.levels:
-        none = ([x.new_zeros(*heads, 0, rows.rank, x.shape[-1], dtype=dtype)] for x in (k, v))
-        return k, v, Field(*none, None)
+        no_keys, no_values = ([x.new_zeros(*heads, 0, rows.rank, x.shape[-1], dtype=dtype)] for x in (k, v))
+        return k, v, Field(no_keys, no_values, None)
     how, kept = (rows.validity(k.device), rows.levels), {"everything": True, "kernels": kernels}
     of_keys, of_values = (x or MeanSummary(rows.block_size, rows.rank) for x in (call.key_summary, call.value_summary))
     if far_keys is None:
@@ -293,14 +293,16 @@ def attend_segments(q, k, v, far_mean, far_total, document, block_size: int, cal
     segments = far_total.shape[2] // (q.shape[2] // block_size)
     if kernels:
         # They attend to the near field, and the far field is merged with what comes of it.
-        none = (x.new_zeros(*k.shape[:2], 0, x.shape[-1], dtype=far_mean.dtype) for x in (k, v))
+        no_keys, no_values = (x.new_zeros(*k.shape[:2], 0, x.shape[-1], dtype=far_mean.dtype) for x in (k, v))
         document = None if document is None else document.flatten(1)
         near = Listing([], [], block_size, segments, 0)
-        out, total = run_kernels(q, k, v, *none, near, call._replace(far_bias=None), document=document)
+        out, total = run_kernels(q, k, v, no_keys, no_values, near, call._replace(far_bias=None), document=document)
         far = (x.repeat_interleave(block_size // segments, 2) for x in (far_mean, far_total))
         return merge((out.to(far_mean.dtype), total.to(far_mean.dtype)), tuple(far))[0].to(q.dtype)
     given = Segments(
-        *(_to_blocks(x, kv_heads, block_size) for x in (q, k, v)),
+        _to_blocks(q, kv_heads, block_size),
+        _to_blocks(k, kv_heads, block_size),
+        _to_blocks(v, kv_heads, block_size),
         _to_blocks(far_mean, kv_heads, segments),
         _to_blocks(far_total[..., None], kv_heads, segments).squeeze(2),
         *_on_blocks(k, document, block_size, call),
@@ -318,7 +320,8 @@ def run_kernels(q, k, v, far_k, far_v, listing: Listing, call: Call, log_counts=
 
     far_bias = None if call.far_bias is None else call.far_bias.to(far_k.dtype)
     settings = call.causal, call.options.size_weighting, call.scale, call.softcap
-    out, binary = attention(*KernelBlocks(q, k, v, far_k, far_v, log_counts, far_bias, document, *stretch, *listing, *settings))
+    first, last = stretch
+    out, binary = attention(*KernelBlocks(q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, *listing, *settings))
     return out, binary * math.log(2)
 
 
@@ -328,7 +331,9 @@ def _blocks(q, k, v, listed: Listed, document, block_size: int, call: Call) -> B
     grid = batch, kv_heads, slots // block_size
     start = torch.arange(batch * kv_heads, device=q.device).view(batch, kv_heads, 1, 1) * listed.keys.shape[2]
     return Blocks(
-        *(_to_blocks(x, kv_heads, block_size) for x in (q, k, v)),
+        _to_blocks(q, kv_heads, block_size),
+        _to_blocks(k, kv_heads, block_size),
+        _to_blocks(v, kv_heads, block_size),
         listed.keys.reshape(-1, dim),
         listed.values.reshape(-1, v.shape[-1]),
         (listed.row + start).flatten(0, 2),

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +38,7 @@ _FORMAT = "hf_multipole state 3"
 
 
 # Compiled code names layers, and modules, by numbers: what Python counts in a state must not become part of it.
-_numbered = weakref.WeakValueDictionary()
+_numbered: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -149,7 +150,8 @@ class MultipoleLayer(KeptLayer):
         state = self.state
         if state is None:
             # Room for those of training; where these are not known, it grows.
-            levels = len(call.key_summary.levels) if direct else 1 if call.max_levels is None else call.max_levels
+            summary: Any = call.key_summary
+            levels = len(summary.levels) if direct else 1 if call.max_levels is None else call.max_levels
             layout = Layout.for_rollback(options.block_size, options.rank, self.rollback)
             kind = LinearState if options.downsample_queries else MultipoleState
             state = kind(q, k, v, layout, levels, direct=direct, rotated=rotary is not None, max_levels=call.max_levels)
@@ -250,7 +252,7 @@ class MultipoleCache(DynamicCache):
         if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 1:
             raise ValueError(f"rollback is {rollback!r}, but must be a positive number of tokens")
         super().__init__(config=config)
-        self._model = None
+        self._model: weakref.ref | None = None
         config = config.get_text_config(decoder=True)
         if config.model_type != "multipole" and implementation_of(config) in STATE_IMPLEMENTATIONS:
             chosen = multipole_options(config).layers
@@ -315,7 +317,8 @@ class MultipoleCache(DynamicCache):
             raise ValueError(OUT_OF_STEP)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent}")
-        tensors, layers = {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        layers = []
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in _tensors(layer).items()}
             if not isinstance(layer, DynamicLayer):

@@ -10,7 +10,7 @@ blocks that allow to go back.
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class NewTokens(NamedTuple):
     """What one row of the batch brings to a forward pass."""
 
     start: int  # column of its first real token among the new ones
-    count: int  # real tokens
+    count: int  # type: ignore[assignment]  # real tokens
     position: int | None = None  # position id of the first; None where they do not go up by one
 
 
@@ -162,7 +162,7 @@ class MultipoleState(Kept):
                 way = "go backwards" if x.position < row.position else "leave a gap"
                 raise ValueError(f"position_ids {way}: row {i} continues at {x.position}, but the cache is at {row.position}")
 
-    def check_levels(self, new: list[NewTokens], summary: nn.Module) -> None:
+    def check_levels(self, new: list[NewTokens], summary: Any) -> None:
         """Raises ValueError where direct summaries have too few levels."""
         if self.direct:
             summary.check_levels(level_count(self._longest(new), self.layout.block_size))
@@ -248,7 +248,8 @@ class MultipoleState(Kept):
         for (past, start, count), rows in alike([(row.length, x.start, x.count) for row, x in zip(self.rows, work.new)], self.device):
             part = slice(start, start + count)
             if count:
-                got, kept = self._attend_rows(rows, past, *(x[:, :, part] if rows is None else x[rows, :, part] for x in (q, k, v)), work)
+                some = [x[:, :, part] if rows is None else x[rows, :, part] for x in (q, k, v)]
+                got, kept = self._attend_rows(rows, past, some[0], some[1], some[2], work)
                 out[slice(None) if rows is None else rows, :, part] = got
                 writes += kept
         # After all that can fail.
@@ -263,9 +264,9 @@ class MultipoleState(Kept):
         near_k, far_k, writes = self._bring(work.keys, rows, past, k)
         near_v, far_v, more = self._bring(work.values, rows, past, v)
         before, after = past - max(0, past // m - 1) * m, -n % m
-        padded = [nn.functional.pad(x, (0, 0, pad, after)) for x, pad in ((q, before), (near_k[..., :dim], 0), (near_v, 0))]
+        queries, keys, values = (nn.functional.pad(x, (0, 0, pad, after)) for x, pad in ((q, before), (near_k[..., :dim], 0), (near_v, 0)))
         begins = [groups.start for groups in self._at_hand(past)]
-        grid = Grid(rows, past, q, *padded, [x[..., :dim] for x in far_k], far_v, begins)
+        grid = Grid(rows, past, q, queries, keys, values, [x[..., :dim] for x in far_k], far_v, begins)
         out, most = self._attend_grid(grid, work)
         return out[:, :, before : before + n - past], writes + more + most
 

@@ -95,7 +95,8 @@ class BlockWork:
             self.future = torch.cat([torch.zeros_like(own)] * (len(self.offsets) - 1) + [own], 1)
             self.future_bias = torch.zeros(self.future.shape, dtype=self.dtype, device=q.device).masked_fill_(self.future, -torch.inf)
         # A masked product of 0 and infinity is NaN: where keys or values are not finite, masking takes a careful form.
-        self.finite = bool(torch.isfinite(sum(x.sum(dtype=self.dtype) for x in (k, v, far_k, far_v))))
+        total = k.sum(dtype=self.dtype) + v.sum(dtype=self.dtype) + far_k.sum(dtype=self.dtype) + far_v.sum(dtype=self.dtype)
+        self.finite = bool(torch.isfinite(total))
 
     def buffers(self, *sizes) -> list[torch.Tensor]:
         return _buffers(self.q.device, self.dtype, *((self.step, *size) for size in sizes))
@@ -268,7 +269,7 @@ block_attention = define(_NAMESPACE + "::block_attention", Blocks, _forward, _em
 
 def block_weights(given: Blocks) -> torch.Tensor:
     """Attention weights ``(blocks, rows, columns)`` of :func:`block_attention`, without dropout and gradient."""
-    work = BlockWork(Blocks(*(x.detach() if isinstance(x, torch.Tensor) else x for x in given)))
+    work = BlockWork(Blocks._make(x.detach() if isinstance(x, torch.Tensor) else x for x in given))
     out = work.q.new_empty(work.blocks, work.rows, work.columns, dtype=work.dtype)
     (keys,) = work.buffers((work.columns, work.dim))
     for start, stop in work.parts():

@@ -247,10 +247,11 @@ def described(use: str) -> str:
 def takes_options(use: str) -> Callable:
     """For a function with ``**options``: the fields of a use in its signature, and in its docstring, in place of ``{options}``."""
 
-    def state(function: Callable) -> Callable:
+    def state(function: Any) -> Callable:
         *before, _ = inspect.signature(function).parameters.values()
+        kinds: dict[str, Any] = {name: f.type for name, f in fields_of(use).items()}
         keywords = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=f.metadata["defaults"].get(use), annotation=f.type | None)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=f.metadata["defaults"].get(use), annotation=kinds[name] | None)
             for name, f in fields_of(use).items()
         ]
         function.__signature__ = inspect.signature(function).replace(parameters=[*before, *keywords])

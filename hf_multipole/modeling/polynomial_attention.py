@@ -221,9 +221,9 @@ def certify(approximation: Approximation, score_dim: int, values, real: torch.Te
         products = torch.stack([low * least, low * most, high * least, high * most])
         low, high = products.amin(0), products.amax(0)
     delta, largest = approximation.delta, torch.maximum(low.abs(), high.abs())
-    rounding = _rounding(approximation, score_dim, len(values) + 1, dtype) + torch.finfo(out_dtype).eps / 2 * (1 + 2 * delta / (1 - delta))
+    share = _rounding(approximation, score_dim, len(values) + 1, dtype) + torch.finfo(out_dtype).eps / 2 * (1 + 2 * delta / (1 - delta))
     # Products below the smallest normal number may lose all their digits.
-    rounding = (rounding * largest + torch.finfo(out_dtype).tiny).repeat_interleave(heads // low.shape[1], 1)
+    rounding = (share * largest + torch.finfo(out_dtype).tiny).repeat_interleave(heads // low.shape[1], 1)
     error = (delta / (1 - delta) * (high - low) / 2).repeat_interleave(heads // low.shape[1], 1) + rounding
     degree = len(approximation.coefficients) - 1
     return Certificate(delta, error, rounding, degree, approximation.entry_bound, approximation.score_bound)
@@ -246,13 +246,13 @@ def features(x: torch.Tensor, degree: int) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _multinomials(dim: int, degree: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The power of each feature, and its coefficient in the power of a sum, divided by ``dim`` to that power."""
-    exponents = [torch.zeros(1, dim, dtype=torch.float64)]
+    levels = [torch.zeros(1, dim, dtype=torch.float64)]
     unit = torch.eye(dim, dtype=torch.float64)
     for power in range(1, degree + 1):
-        exponents.append(torch.cat([exponents[-1][: math.comb(v + power - 1, v)] + unit[v] for v in range(dim)]))
-    exponents = torch.cat(exponents)
-    power = exponents.sum(1)
-    return power.long(), ((power + 1).lgamma() - (exponents + 1).lgamma().sum(1) - power * math.log(dim)).exp()
+        levels.append(torch.cat([levels[-1][: math.comb(v + power - 1, v)] + unit[v] for v in range(dim)]))
+    exponents = torch.cat(levels)
+    powers = exponents.sum(1)
+    return powers.long(), ((powers + 1).lgamma() - (exponents + 1).lgamma().sum(1) - powers * math.log(dim)).exp()
 
 
 def _weights(approximation: Approximation, dim: int, like: torch.Tensor) -> torch.Tensor:
@@ -307,7 +307,7 @@ def _outputs(parts: _Chunks, index: int, x, of_x, product):
 
 def _read_causal(q, keys, values, of_keys, before, weights, coefficients):
     """Numerators and denominators, from the states before each chunk and from the tuples of tokens of which some lie in it."""
-    tokens, dim, chunk = *q.shape[2:], of_keys.shape[3]
+    tokens, dim, chunk = q.shape[2], q.shape[3], of_keys.shape[3]
     q, keys, values = (F.pad(x, (0, 0, 0, -tokens % chunk)).unflatten(2, (-1, chunk)) for x in (q, keys, values))
     seen = torch.ones(chunk, chunk, dtype=q.dtype, device=q.device).tril().view(chunk, 1, chunk, 1)
     powers = [c / dim**i for i, c in enumerate(coefficients)]

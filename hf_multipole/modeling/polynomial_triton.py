@@ -244,7 +244,8 @@ def causal_sums_backward(
     tensors = (x.contiguous() for x in (grad, rows, keys, values, before))
     with torch.cuda.device_of(rows):
         _sums_backward_kernel[grid](*tensors, *parts, of_before, *sizes, rows.shape[1], CHUNK, _FEATURES, _CHANNELS, num_warps=1)
-    return *(part.sum(0) for part in parts), of_before
+    of_rows, of_keys, of_values = (part.sum(0) for part in parts)
+    return of_rows, of_keys, of_values, of_before
 
 
 @causal_sums.register_fake

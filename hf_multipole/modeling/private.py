@@ -8,6 +8,7 @@ model of Transformers states in its class (``_no_split_modules``, ``_tied_weight
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,6 +104,8 @@ def before_choice(callback: Callable[[type[nn.Module], str | None], None]) -> No
 class LearnedPart(nn.Module):
     """What a converted model has more than the stock one. Its ``reset_parameters`` fills what a checkpoint lacks."""
 
+    reset_parameters: Callable[[], None]
+
     # Transformers asks every module for this flag, runs the initialisation of the model on it, which in a stock model knows nothing
     # of this class, and sets the flag: the moment to fill parameters that the checkpoint lacked.
     @property
@@ -118,6 +121,7 @@ class LearnedPart(nn.Module):
 
 def mark_initialised(part: nn.Module) -> None:
     """Later calls of the initialisation of the model that holds a part leave it alone, as they do the rest of a model that is there."""
+    module: Any
     for module in part.modules():
         module._is_hf_initialized = True
 

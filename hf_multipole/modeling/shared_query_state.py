@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class LinearState(MultipoleState):
 
     @classmethod
     def restored(cls, description: dict, tensors: dict[str, torch.Tensor]) -> "LinearState":
-        state = super().restored(description, tensors)
+        state: Any = super().restored(description, tensors)
         state.segments, state.far = description["segments"], tensors["far"]
         return state
 

@@ -114,10 +114,10 @@ def far_results(queries: list[torch.Tensor], field: Field, alignment: Alignment 
     (batch, kv_heads), heads = keys[0].shape[:2], queries[0].shape[1]
     repeats = heads // kv_heads
     parents = _Parents([x.shape[2] for x in keys], block_size, alignment, call.causal, keys[0].device)
-    counts = field.counts
-    if counts is None:
-        counts = [x.new_full((batch, 1, *x.shape[2:4]), (block_size << level) / rank) for level, x in enumerate(keys)]
-    k, v, counts = (parents.windows(parents.pairs([level.flatten(2, 3) for level in x], rank)) for x in (keys, field.values, counts))
+    of_levels = field.counts
+    if of_levels is None:
+        of_levels = [x.new_full((batch, 1, *x.shape[2:4]), (block_size << level) / rank) for level, x in enumerate(keys)]
+    k, v, counts = (parents.windows(parents.pairs([level.flatten(2, 3) for level in x], rank)) for x in (keys, field.values, of_levels))
 
     # (batch or 1, kv_heads or 1, pairs, repeats or 1, 2 * rank or 1, columns)
     bias = torch.where(counts > 0, counts, 1).log() if call.options.size_weighting else torch.zeros_like(counts)

@@ -31,15 +31,15 @@ def attend_grid(grid: Grid, layout: Layout, call: Call, kernels: bool) -> torch.
     first, n = max(0, grid.past // m - 1), grid.past + grid.new.shape[2]
     counts = [groups.shape[2] // rank for groups in grid.far_k]
     none = [x.new_zeros(*x.shape[:2], 0, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32)) for x in (grid.k, grid.v)]
-    blocks = (grid.q, grid.k, grid.v, *(torch.cat([empty, *far], 2) for empty, far in zip(none, (grid.far_k, grid.far_v))))
+    far_k, far_v = (torch.cat([empty, *far], 2) for empty, far in zip(none, (grid.far_k, grid.far_v)))
     if kernels:
-        return run_kernels(*blocks, Listing(grid.begins[: len(counts)], counts, m, rank, first), call)[0]
+        return run_kernels(grid.q, grid.k, grid.v, far_k, far_v, Listing(grid.begins[: len(counts)], counts, m, rank, first), call)[0]
     # Listed are the groups from ``begins`` on, one level after another.
     table = [(begin, count, sum(counts[:level])) for level, (begin, count) in enumerate(zip(grid.begins, counts))]
     columns = far_columns(n, m, len(counts), True, first, device)
     begin, count, before = torch.tensor(table, device=device).reshape(-1, 3).long()[columns.level - 1].unbind(1)
     columns = columns._replace(row=(columns.first // columns.width - begin).clamp(min=0).minimum(count - 1) + before)
-    return attend_blocks(*blocks[:3], list_summaries(*blocks[3:], columns, columns.hidden[None], rank, call), None, m, call)
+    return attend_blocks(grid.q, grid.k, grid.v, list_summaries(far_k, far_v, columns, columns.hidden[None], rank, call), None, m, call)
 
 
 class StepBias:

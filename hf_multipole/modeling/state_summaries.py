@@ -29,7 +29,8 @@ class Summariser(NamedTuple):
     def extend(self, rows: torch.Tensor | None, tokens: torch.Tensor, block: int) -> Finished:
         """Summarises the whole blocks of ``tokens`` ``(batch, kv_heads, n, dim)``, of which the first is ``block``."""
         blocks, plain = block + tokens.shape[2] // self.rings.layout.block_size, self._plain(tokens)
-        groups, sums = [], []
+        groups: list[torch.Tensor] = []
+        sums: list = []
         if self.rings.levels and self.rings.sums is None:
             groups = self._merge(rows, plain, block, blocks)
         elif self.rings.levels:
@@ -63,7 +64,7 @@ class Summariser(NamedTuple):
 
     def _weigh(self, rows, tokens: torch.Tensor, block: int, blocks: int) -> tuple[list[torch.Tensor], list]:
         """New groups of each level, all of their own tokens, and the sums after each block that can be gone back to."""
-        m, levels, held = self.rings.layout.block_size, self.rings.levels, self.rings.sums_after(rows, block).unbind(2)
+        m, levels, held = self.rings.layout.block_size, self.rings.levels, list(self.rings.sums_after(rows, block).unbind(2))
         single = min(self.rings.layout.spare, blocks - block)
         pieces, sums = [], []
         for count in [blocks - block - single] * (blocks - block > single) + [1] * single:

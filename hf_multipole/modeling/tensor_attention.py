@@ -32,7 +32,7 @@ def tensor_attention(
     *,
     method: str = "exact",
     causal: bool = True,
-    window: Sequence[int | None] | None = None,
+    window: list[int | None] | tuple[int | None, ...] | None = None,
     attention_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     scale: float | None = None,
@@ -197,8 +197,8 @@ def _near_linear(q, keys, values, document, approximation, causal, kernels) -> t
     for rows, start, stop in stretches(document, batch, n):
         asking = slice(max(0, start - n + queries), max(0, stop - n + queries))
         if asking.start < asking.stop:
-            part = q[rows, :, asking].to(dtype), *(x[:, rows, :, start:stop] for x in (keys, values))
-            out[rows, :, asking] = attend(*part, approximation, causal=causal, kernels=kernels)[0].to(q.dtype)
+            part, k, v = q[rows, :, asking].to(dtype), keys[:, rows, :, start:stop], values[:, rows, :, start:stop]
+            out[rows, :, asking] = attend(part, k, v, approximation, causal=causal, kernels=kernels)[0].to(q.dtype)
     return out
 
 

@@ -116,6 +116,8 @@ class TensorLayer(KeptLayer):
             raise ValueError(f"the cache was filled with tensor_method={method!r}, not {config.tensor_method!r}; use a new cache")
         indices, kv_heads, rows, window = attention.indices, config.num_key_value_heads, len(counts), attention.kept_tokens
         if kept.has_keys:
+            held: tuple
+            given: tuple
             what, held = "rows, key heads, key width, value width", (*kept.keys.shape[:2], kept.keys.shape[3], kept.values.shape[3])
             given = rows, indices * kv_heads, attention.score_dim, attention.head_dim
         else:

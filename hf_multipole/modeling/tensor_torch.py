@@ -114,7 +114,8 @@ class _Rows:
         rows = self.row_windows[-1] if self.row_windows else 1
         self.block = max(16, min(_ROWS // rows, max(64, self.window // 8))) if finite else 1
         self.logits = _logits_at_once(q.device)
-        self.buffers, self.strips = {}, {}
+        self.buffers: dict = {}
+        self.strips: dict = {}
 
     def buffer(self, name: str, *shape: int) -> torch.Tensor:
         size = torch.Size(shape).numel()
@@ -340,7 +341,7 @@ def stretches(document: torch.Tensor | None, batch: int, n: int) -> list[tuple[s
     """Rows, first token and end of each document; rows that are cut alike, one after another, are taken together."""
     if document is None:
         return [(slice(0, batch), 0, n)]
-    alike = []
+    alike: list = []
     for row, numbers in enumerate(document.tolist()):
         cuts, stop = [], 0
         for number, run in itertools.groupby(numbers):
@@ -399,8 +400,8 @@ def _run(given: TensorTiles) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         for rows, heads, asking, tokens in _pieces(q, keys, given.document):
             part = q.unflatten(1, (kv_heads, -1))[rows, heads, :, asking]
-            tensors = part.flatten(0, 1), *(x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
-            results = _forward(*tensors, rule, _finite(*tensors))
+            queries, (some_keys, some_values) = part.flatten(0, 1), (x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
+            results = _forward(queries, some_keys, some_values, rule, _finite(queries, some_keys, some_values))
             for total, result in zip((out, lse), results):
                 total.unflatten(1, (kv_heads, -1))[rows, heads, :, asking] = result.unflatten(0, part.shape[:2])
     return out, lse
@@ -419,8 +420,9 @@ def _backward(given: TensorTiles, gradients, outputs) -> tuple[torch.Tensor, ...
     with torch.autocast(q.device.type, enabled=False):
         inner = (grad * out).sum(-1)
         for rows, heads, asking, tokens in _pieces(q, keys, given.document):
-            of_queries = (x.unflatten(1, (kv_heads, -1))[rows, heads, :, asking].flatten(0, 1) for x in (grad, inner, lse, q))
-            tensors = *of_queries, *(x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
+            of_queries = [x.unflatten(1, (kv_heads, -1))[rows, heads, :, asking].flatten(0, 1) for x in (grad, inner, lse, q)]
+            some_keys, some_values = (x[:, rows, heads, tokens].flatten(1, 2) for x in (keys, values))
+            tensors = of_queries[0], of_queries[1], of_queries[2], of_queries[3], some_keys, some_values
             finite = _finite(*tensors[3:])
             if finite and not rule.dropout_p and min(rule.windows) >= tokens.stop - tokens.start:
                 result = _backward_by_tuples(*tensors, rule)

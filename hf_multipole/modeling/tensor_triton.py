@@ -429,7 +429,8 @@ def _run(given: KernelTuples) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _empty(given: KernelTuples) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(given.q.new_empty(*given.q.shape[:3], *rest, dtype=torch.float32) for rest in ((given.v1.shape[-1],), ()))
+    out, lse = (given.q.new_empty(*given.q.shape[:3], *rest, dtype=torch.float32) for rest in ((given.v1.shape[-1],), ()))
+    return out, lse
 
 
 def _backward(given: KernelTuples, gradients, outputs) -> tuple[torch.Tensor, ...]:

@@ -5,6 +5,7 @@ import itertools
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -77,7 +78,7 @@ class Texts:
         return (row[self.column] for row in self.dataset)
 
 
-def load_texts(args: DataArguments) -> tuple[Iterable[str], Iterable[str] | None]:
+def load_texts(args: DataArguments) -> tuple[Texts | list[str], Texts | list[str] | None]:
     """Training texts, and held-out texts or None where the source has none.
 
     Raises ValueError and OSError, with what there is instead, for a missing dataset, file, split or column and for empty data.
@@ -96,7 +97,7 @@ def load_texts(args: DataArguments) -> tuple[Iterable[str], Iterable[str] | None
 
 def _load_splits(args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     if args.dataset_name:
-        options = {"path": args.dataset_name, "name": args.dataset_config_name, "revision": args.dataset_revision}
+        options: dict[str, Any] = {"path": args.dataset_name, "name": args.dataset_config_name, "revision": args.dataset_revision}
     else:
         files = {"train": args.train_file} | ({"validation": args.validation_file} if args.validation_file else {})
         kinds = set()

@@ -5,6 +5,7 @@ Over Accelerate's own API, on one process or many: each takes its share of the r
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def measure(
 
     loader = accelerator.prepare(DataLoader(rows, batch_size, collate_fn=batches))
     metrics = [Perplexity(), (TokenAccuracy if causal else MaskedAccuracy)(), *([BitsPerByte()] if causal else [])]
-    sums = counts = 0
+    sums = counts = np.zeros(())
     for batch in tqdm(loader, desc=name, unit=" batches", disable=not accelerator.is_main_process):
         sizes, labels = batch.pop("token_bytes"), batch.pop("labels")
         with torch.no_grad():
@@ -133,7 +134,7 @@ def probe(
     distances = [round(size * 2 ** (step / 2)) for step in range(1 + int(2 * math.log2(top / size)))]
     drawn = np.random.default_rng(seed)
     text = np.concatenate([row["input_ids"] for row in rows.with_format("numpy")])
-    items = []
+    items: Any = []
     for distance in distances:
         for case in range(cases):
             ids = np.array(rows[case % len(rows)]["input_ids"], dtype=np.int64)
@@ -147,7 +148,9 @@ def probe(
                 ids[top:] = spans[0]
                 items.append({"ids": torch.from_numpy(ids.copy()), "distance": int(distance), "told": 1 - wanted})
     columns = ("ids", "distance", "told")
-    loader = DataLoader(items, batch_size, collate_fn=lambda part: {n: torch.stack([torch.as_tensor(i[n]) for i in part]) for n in columns})
+    loader: DataLoader = DataLoader(
+        items, batch_size, collate_fn=lambda part: {n: torch.stack([torch.as_tensor(i[n]) for i in part]) for n in columns}
+    )
     found = []
     for batch in tqdm(accelerator.prepare(loader), desc=f"{kind} at {length}", unit=" batches", disable=not accelerator.is_main_process):
         with torch.no_grad():

@@ -37,7 +37,8 @@ OTHERS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#6a3d9a", "#8c564b", "#17
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each of the methods in one picture: that of the method, lighter for its second and third kind."""
-    out, seen = {}, {}
+    out: dict[str, str] = {}
+    seen: dict[str, int] = {}
     for name in names:
         base = next((colour for pattern, colour in COLOURS.items() if re.search(pattern, name.lower())), None)
         base = base or OTHERS[len(out) % len(OTHERS)]
@@ -128,14 +129,14 @@ def label_ends(axes, size: float = 9) -> None:
 
 def spread_apart(places: list[float], gap: float) -> list[float]:
     """Places in rising order, moved as little as leaves ``gap`` between neighbours: those that touch become groups about their mean."""
-    groups: list[list[float]] = []  # mean of place less offset in the group, and how many
+    groups: list[tuple[float, int]] = []  # mean of place less offset in the group, and how many
     for place in places:
-        groups.append([place, 1])
+        groups.append((place, 1))
         while len(groups) > 1:
             (below, m), (above, n) = groups[-2:]
             if above - below >= gap * (m + n) / 2:
                 break
-            groups[-2:] = [[(below * m + above * n) / (m + n), m + n]]
+            groups[-2:] = [((below * m + above * n) / (m + n), m + n)]
     return [middle + (i - (count - 1) / 2) * gap for middle, count in groups for i in range(count)]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import tempfile
+from typing import Any
 
 import torch
 from transformers import (
@@ -57,7 +58,8 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
         if masked:
             values["is_causal"] = False
         known = {field.name for field in dataclasses.fields(config_class)}
-        config = config_class(**{name: value for name, value in values.items() if name in known} | args.config_overrides)
+        overrides: Any = args.config_overrides
+        config = config_class(**{name: value for name, value in values.items() if name in known} | overrides)
         model = auto_class.from_config(config, **options)
     if model.dtype == torch.float16:
         raise ValueError("parameters in float16 are too coarse for training: give dtype float32 (and fp16 for mixed precision)")
@@ -74,7 +76,7 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, contex
     return model
 
 
-def converted(model: PreTrainedModel, options: dict) -> PreTrainedModel:
+def converted(model: PreTrainedModel, options: Any) -> PreTrainedModel:
     """The model with another kind of attention: the ``convert`` section of a configuration."""
     options = {"kind": "multipole"} | options
     check_names(options, inspect.signature(convert).parameters, "convert")

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from . import checkpoints
 from .arguments import DataArguments, RunArguments
 from .batches import MaskingCollator, collate
 from .cards import command, write_card
-from .data import first_files, hold_out, load_texts, pack, recut, stream
+from .data import Texts, first_files, hold_out, load_texts, pack, recut, stream
 from .errors import one_line, told_in_a_line
 from .figures import plot_attention, plot_curves, plot_scaling
 from .hub import push
@@ -193,7 +193,7 @@ def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArgume
 
 
 def build_rows(
-    texts: Iterable[str], held_out_texts: Iterable[str] | None, data_args: DataArguments, args: TrainingArguments, tokenizer
+    texts: Texts | Sequence[str], held_out_texts: Texts | Sequence[str] | None, data_args: DataArguments, args: TrainingArguments, tokenizer
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Training rows, held-out rows, and the held-out texts where there are some of a byte-level model."""
     length, held_rows = data_args.context_length, data_args.eval_rows + data_args.test_rows

@@ -4,6 +4,7 @@ import functools
 import shutil
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class LanguageModelTrainer(HookedTrainer):
         )
         self.run_args, self.context_length, self.causal = run_args, context_length, causal
         self.eval_lengths, self.eval_collator = eval_lengths or {}, eval_collator or self.data_collator
-        self._token_bytes = None
+        self._token_bytes: Any = None
         self.loss_by_position: list[dict[str, float]] = []
         clock = _Clock()
         self.step_seconds = clock.seconds
