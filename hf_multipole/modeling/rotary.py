@@ -17,6 +17,8 @@ class MultipoleRotaryEmbedding(nn.Module):
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         initial = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        self.attention_scaling: float
+        self.inv_freq: torch.Tensor
         inv_freq, self.attention_scaling = initial(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         # Transformers fills both anew where a model was made without data.
