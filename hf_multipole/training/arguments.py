@@ -30,6 +30,10 @@ class ModelArguments:
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "tokenizer folder or Hub name; by default the checkpoint's, and bytes (ByT5) for a new model"}
     )
+    new_tokenizer_size: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a new model's tokenizer, a byte-level BPE that is learned from the start of the training text"},
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention of Transformers' interface: multipole, sdpa, eager; the model's own by default"}
     )
@@ -54,6 +58,12 @@ class ModelArguments:
         check_names(self.config_overrides, known, "config_overrides")
         if self.dtype not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"dtype is {self.dtype!r}, but must be float32, bfloat16 or auto")
+        if self.new_tokenizer_size is not None:
+            # All bytes, and what is no text: padding, end of text, mask.
+            check_integers(self, 259, "new_tokenizer_size")
+            for other in ("tokenizer_name", "model_name_or_path"):
+                if getattr(self, other):
+                    raise ValueError(f"new_tokenizer_size makes a tokenizer, but {other} names one: give one of the two")
         if self.model_name_or_path and self.config_overrides:
             raise ValueError("config_overrides describe a new model, but model_name_or_path names a checkpoint: give one of the two")
 

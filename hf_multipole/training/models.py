@@ -2,10 +2,13 @@
 
 import dataclasses
 import inspect
+import sys
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -14,17 +17,26 @@ from transformers import (
     ByT5Tokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from ..integration.conversion import convert, extend_context, trained_context
 from ..modeling.hierarchy import level_count
 from ..modeling.summaries import DirectSummary
 from .arguments import ModelArguments, check_names
+from .data import first_files
 from .errors import load
 
+# Text that a new tokenizer is learned from: more takes minutes, and changes little.
+_TOKENIZER_BYTES = 1 << 26
 
-def build_tokenizer(args: ModelArguments, masked: bool) -> PreTrainedTokenizerBase:
-    """The named tokenizer, the checkpoint's, or bytes. Raises ValueError where it has no mask token and ``masked`` asks for one."""
+
+def build_tokenizer(args: ModelArguments, texts: Iterable[str], masked: bool) -> PreTrainedTokenizerBase:
+    """The named tokenizer, the checkpoint's, one that is learned from the training texts, or bytes. Raises ValueError where it has no
+    mask token and ``masked`` asks for one.
+    """
+    if args.new_tokenizer_size is not None:
+        return learned_tokenizer(first_files(texts, _TOKENIZER_BYTES), args.new_tokenizer_size, masked)
     source = args.tokenizer_name or args.model_name_or_path
     if not source:
         # One of the ids that ByT5 itself masks with.
@@ -35,6 +47,19 @@ def build_tokenizer(args: ModelArguments, masked: bool) -> PreTrainedTokenizerBa
     if masked and tokenizer.mask_token is None:
         raise ValueError(f"the tokenizer {source} has no mask token, which masked language modelling needs; give another tokenizer_name")
     return tokenizer
+
+
+def learned_tokenizer(texts: list[str], size: int, masked: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Sennrich et al., arXiv 1508.07909) of at most ``size`` tokens, the same for the same texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "eos_token": "</s>"} | ({"mask_token": "<mask>"} if masked else {})
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
 def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, context_length: int, masked: bool) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import ByT5Tokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from ..modeling.configuration_multipole import MULTIPOLE_LAYERS, MultipoleConfig
@@ -125,7 +125,7 @@ def prepare(line: list[str], masked: bool):
     if texts[1] is None and data_args.streaming:
         raise ValueError("streaming needs held-out text of its own: give validation_split_name or validation_file")
     set_seed(args.seed)
-    tokenizer = build_tokenizer(model_args, masked)
+    tokenizer = build_tokenizer(model_args, texts[0], masked)
     model = build_model(model_args, tokenizer, data_args.context_length, masked)
     check_model(model, tokenizer, max([data_args.context_length, *(data_args.eval_context_lengths or ())]), masked)
     if data_args.document_boundaries and not keeps_documents_apart(model):
@@ -195,21 +195,19 @@ def check(data_args: DataArguments, run_args: RunArguments, args: TrainingArgume
 def build_rows(
     texts: Texts | Sequence[str], held_out_texts: Texts | Sequence[str] | None, data_args: DataArguments, args: TrainingArguments, tokenizer
 ) -> tuple[Dataset, Dataset, list[str]]:
-    """Training rows, held-out rows, and the held-out texts where there are some of a byte-level model."""
+    """Training rows, held-out rows, and the texts that these are of, where they are whole texts."""
     length, held_rows = data_args.context_length, data_args.eval_rows + data_args.test_rows
     options = {"boundaries": data_args.document_boundaries, "end_of_text": data_args.rows_are_documents}
     if held_out_texts is None:
         train, held_out = hold_out(pack(tokenizer, texts, length, **options), data_args.validation_split_percentage)
         return train, held_out.select(range(min(held_rows, len(held_out)))), []
-    if isinstance(tokenizer, ByT5Tokenizer):
-        held_out_texts = first_files(held_out_texts, held_rows * length)
     if data_args.streaming:
         train = stream(tokenizer, texts, length, **options)
     else:
         rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         train = pack(tokenizer, texts, length, rows if rows > 0 else None, **options)
     held_out = pack(tokenizer, held_out_texts, length, held_rows, **options)
-    return train, held_out, held_out_texts if isinstance(held_out_texts, list) else []
+    return train, held_out, first_files(held_out_texts, sum(held_out["bytes"]))
 
 
 def peak_memory(device: torch.device) -> int | None:
