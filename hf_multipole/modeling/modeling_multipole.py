@@ -310,9 +310,9 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
         sums = self.config.tensor_method == "polynomial" and "tensor_attention" in self.config.layer_types
         return sums or depends_on_length(self.config)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
-        """See :meth:`transformers.GenerationMixin.prepare_inputs_for_generation`. Where the keys in the cache would have other angles in
-        the longer text, it is read anew.
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
+        """See :meth:`transformers.GenerationMixin.prepare_inputs_for_generation`, which reads from the names of the arguments that a
+        prompt may be embeddings. Where the keys in the cache would have other angles in the longer text, it is read anew.
         """
         new, all_tokens = kwargs.get("next_sequence_length"), input_ids.shape[1]
         if depends_on_length(self.config) and past_key_values is not None and new == all_tokens - past_key_values.get_seq_length():
@@ -324,7 +324,8 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
                 )
                 past_key_values.reset()
                 kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        return super().prepare_inputs_for_generation(input_ids, **given, **kwargs)
 
     def generate(self, *args, **kwargs):
         """See :meth:`transformers.GenerationMixin.generate`."""
