@@ -37,6 +37,7 @@ def runs(results: dict[str, dict]) -> str:
         if found["status"] == "runs":
             layers = f"{found['multipole layers']} + {found['window layers']}"
             causal = "causal" if found["causal"] else "bidirectional"
+            name += f" ({found['with']})" if "with" in found else ""
             rows.append([name, causal, layers, found.get("state", "-"), found.get("convert", "not known to it")])
     return table(["model type", "direction", "layers: multipole + window", "state", "convert"], rows, 5)
 

@@ -38,11 +38,12 @@ _SIZES = {
     20: "sliding_window local_attention attention_window_size",
     VOCABULARY: "vocab_size vocab_size_per_layer_input entity_vocab_size",
 }
+ONLY_WINDOWS = "none of its layers came to the attention function without a window"
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()} | {"image_size": 32}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def small_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+def small_config(config_class: type[PreTrainedConfig], **options) -> PreTrainedConfig:
     """A configuration of a small model; raises what the class does where its sizes do not fit each other."""
     default = config_class()
     given = {name: size for name, size in SIZES.items() if isinstance(getattr(default, name, None), int) and name in default.to_dict()}
@@ -56,11 +57,13 @@ def small_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     mlps = getattr(default, "mlp_layer_types", None)
     if mlps:
         given["mlp_layer_types"] = mlps[-1:] * given.get("num_hidden_layers", layers)
-    return config_class(**given)
+    return config_class(**given | options)
 
 
-def small_model(model_type: str) -> PreTrainedModel:
-    """A small random model with attn_implementation="multipole"; raises what the architecture does where none can be made."""
+def small_model(model_type: str, **options) -> PreTrainedModel:
+    """A small random model with attn_implementation="multipole"; raises what the architecture does where none can be made. options: of
+    its configuration.
+    """
     config_class = CONFIG_MAPPING[model_type]
     if config_class.sub_configs:
         raise NotTried("made of several models, which have rows of their own")
@@ -83,7 +86,7 @@ def small_model(model_type: str) -> PreTrainedModel:
         raise NotTried(f"its input is {model.main_input_name}, neither text nor images")
     if not attention_modules(model):
         raise ValueError("does not compute attention by the attention interface")
-    config = small_config(config_class)
+    config = small_config(config_class, **options)
     config.multipole = {"block_size": BLOCK, "rank": 2}
     torch.manual_seed(0)
     model = auto_class.from_config(config, attn_implementation="multipole").eval()
@@ -148,7 +151,7 @@ def try_architecture(model_type: str) -> dict:
     """
     try:
         try:
-            return {"status": "runs"} | _try(model_type, torch.float64)
+            return {"status": "runs"} | _try_windows(model_type)
         except RuntimeError as error:
             # Grouped products of experts, which have no float64.
             if "Double" not in str(error):
@@ -167,9 +170,19 @@ def _one_line(error: Exception) -> str:
     return re.sub(r"/\S*/site-packages/", "", str(error).strip().split("\n")[0])[:200]
 
 
-def _try(model_type: str, dtype: torch.dtype) -> dict:
+def _try_windows(model_type: str) -> dict:
+    """As it is, and without the sliding window that all of its layers have by default."""
     try:
-        model = small_model(model_type).to(dtype)
+        return _try(model_type, torch.float64)
+    except ValueError as error:
+        if str(error) != ONLY_WINDOWS or not hasattr(CONFIG_MAPPING[model_type](), "sliding_window"):
+            raise
+        return _try(model_type, torch.float64, sliding_window=None) | {"with": "sliding_window=None"}
+
+
+def _try(model_type: str, dtype: torch.dtype, **options) -> dict:
+    try:
+        model = small_model(model_type, **options).to(dtype)
     except (NotTried, ValueError) as error:
         if isinstance(error, NotTried) or "interface" in str(error):
             raise
@@ -196,7 +209,7 @@ def _try(model_type: str, dtype: torch.dtype) -> dict:
         "window layers": sum(kind == "window" for kind, _ in calls),
     }
     if not found["multipole layers"]:
-        raise ValueError("none of its layers came to the attention function without a window")
+        raise ValueError(ONLY_WINDOWS)
     found["causal"] = causal
     if set(found["attention"]) <= set(ATTENTION_CLASSES):
         found["convert"] = _check_conversion(model, inputs)

@@ -213,11 +213,22 @@ def test_support_table(tmp_path):
     run("scripts.studies.support", "--output", "support.md", "--only", *names, cwd=tmp_path)
     found = json.loads((tmp_path / "support.json").read_text())["results"]
     statuses = {name: result["status"] for name, result in found.items()}
-    expected = {"llama": "runs", "bert": "runs", "bloom": "refused", "gpt_oss": "refused", "llava": "not tried", "sew": "not tried"}
-    assert statuses == expected | {"mistral": "refused"}  # all its layers have a window by default
+    expected = {
+        "llama": "runs",
+        "mistral": "runs",
+        "bert": "runs",
+        "bloom": "refused",
+        "gpt_oss": "refused",
+        "llava": "not tried",
+        "sew": "not tried",
+    }
+    assert statuses == expected
     assert found["llama"] | {"convert": "yes", "state": "yes", "multipole layers": 2, "window layers": 0} == found["llama"]
     assert "s_aux" in found["gpt_oss"]["reason"]
-    assert "| llama | causal | 2 + 0 | yes | yes |" in (tmp_path / "support.md").read_text()
+    table = (tmp_path / "support.md").read_text()
+    assert "| llama | causal | 2 + 0 | yes | yes |" in table
+    # All of its layers have a window by default.
+    assert "| mistral (sliding_window=None) | causal | 2 + 0 | yes | yes |" in table
 
 
 @pytest.mark.parametrize("causal", [True, False])
