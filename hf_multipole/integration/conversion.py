@@ -105,7 +105,7 @@ def _complete(model: nn.Module) -> None:
 
 def _tell_of_options(model: nn.Module) -> None:
     """Says once that ``config.multipole`` is not used, which a checkpoint has kept, but not the implementation that reads it."""
-    config = model.config
+    config: Any = model.config
     if config.model_type == "multipole" or not getattr(config, "multipole", None) or implementation_of(config) in KINDS:
         return
     if not any(_is_converted(module) for module in model.modules()):
