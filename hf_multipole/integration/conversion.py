@@ -103,7 +103,7 @@ def _complete(model: nn.Module) -> None:
     _tell_of_options(model)
 
 
-def _tell_of_options(model: nn.Module) -> None:
+def _tell_of_options(model: PreTrainedModel) -> None:
     """Says once that ``config.multipole`` is not used, which a checkpoint has kept, but not the implementation that reads it."""
     config: Any = model.config
     if config.model_type == "multipole" or not getattr(config, "multipole", None) or implementation_of(config) in KINDS:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..modeling.attention_functions import exact_attention, refuse_features
+from ..modeling.attention_functions import exact_attention, unsupported
 from ..modeling.attention_masks import MultipoleMask, WindowMask, multipole_mask
 from ..modeling.private import forget_implementation, implementation_of
 from .conversion import attention_modules, is_chosen
@@ -55,7 +55,8 @@ def replaced_attention(model: PreTrainedModel, attend: Callable):
     names = {id(module): name for name, module in attention_modules(model).items()}
 
     def attention(module, query, key, value, mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
-        refuse_features(kwargs, isinstance(mask, WindowMask), "an attention that is replaced in each layer")
+        if refused := unsupported(kwargs, isinstance(mask, WindowMask)):
+            raise ValueError(f"an attention that is replaced in each layer does not support {refused}")
         if isinstance(mask, WindowMask):
             return exact_attention(query, key, value, mask.mask, False, dropout, scaling, softcap, False)
         if not isinstance(mask, MultipoleMask) or mask.alignment is not None or query.shape[2] != key.shape[2] or dropout or softcap:

@@ -31,11 +31,12 @@ _UNSUPPORTED = {
 }
 
 
-def refuse_features(arguments: dict, windowed: bool, asker: str) -> None:
-    """Raises ValueError where a model's call asks for what the attention of ``asker`` does not have."""
+def unsupported(arguments: dict, windowed: bool) -> str | None:
+    """What a model's call asks for that this attention does not have, and what to do; None where there is nothing."""
     for name, remedy in _UNSUPPORTED.items():
         if arguments.get(name) is not None and not (windowed and name == "sliding_window"):
-            raise ValueError(f"{asker} does not support {name}: {remedy}")
+            return f"{name}: {remedy}"
+    return None
 
 
 class _Asked(NamedTuple):
@@ -295,8 +296,10 @@ def multipole_attention_forward(
     """
     own = {name: kwargs.pop(name) for name in _Asked._fields if name in kwargs}
     asked = _Asked(dropout, scaling, softcap, bool(output_attentions), **own)
-    refuse_features(kwargs, isinstance(attention_mask, WindowMask), asked_for(module.config))
-    if isinstance(attention_mask, WindowMask):
+    windowed = isinstance(attention_mask, WindowMask)
+    if refused := unsupported(kwargs, windowed):
+        raise ValueError(f"{asked_for(module.config)} does not support {refused}")
+    if windowed:
         _tell_of_windows(module.config)
         return exact_attention(query, key, value, attention_mask.mask, False, dropout, scaling, softcap, asked.output_attentions)
     past = getattr(key, "layer", None)
