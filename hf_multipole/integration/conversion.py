@@ -86,7 +86,7 @@ ATTENTION_CLASSES = (
 )
 
 
-def _complete(model: nn.Module) -> None:
+def _complete(model: PreTrainedModel) -> None:
     """Called for every model of Transformers, and every one inside of another, when it has been built."""
     for module in model.modules():
         if type(module).__name__ not in ATTENTION_CLASSES or not _is_stock(module) or _is_converted(module):
@@ -133,7 +133,7 @@ def _is_stock(module: nn.Module) -> bool:
 before_post_init(_complete)
 
 
-def _refuse_by_tables(model_class: type[nn.Module], name: str | None) -> None:
+def _refuse_by_tables(model_class: type[PreTrainedModel], name: str | None) -> None:
     """Stock architectures that look their attention up in a table of classes find a clear ValueError there, in place of a KeyError."""
     if name not in KINDS or not model_class.__module__.startswith("transformers.models."):
         return
