@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small multipole language model on the source text of Python's standard library, saves it, reloads it and lets it
-# write. With --compare, models of the same width and depth with the near field only and with full attention are trained as well, and the
+# write; then reads a long file once, keeps what it remembers of it in a small file, and goes on from there. With --compare, models of the same width and depth with the near field only and with full attention are trained as well, and the
 # three curves drawn. The virtual environment is .venv, or $VENV; results are under runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,4 +31,11 @@ if $compare; then
     python -m scripts.studies.compare_curves --output "$out/comparison.png" "multipole=$out" "near field only=$out-near-only" "full attention=$out-full"
 fi
 python scripts/generate.py --model "$out" --prompt $'def read(self, path):\n    """' --max-new-tokens 200 | tee "$out/sample.txt"
+long=$(python -c "import argparse; print(argparse.__file__)")
+echo
+echo "A long text, $long, is read once into a state of fixed size, and gone on from more than once:"
+python scripts/generate.py --model "$out" --prompt-file "$long" --max-new-tokens 0 --save-state "$out/long.state"
+for prompt in $'\nclass Action' $'\ndef main('; do
+    python scripts/generate.py --model "$out" --load-state "$out/long.state" --prompt "$prompt" --max-new-tokens 40
+done
 echo "The model is in $out, its card is $out/README.md, its figures are $out/figures.json, the sample is $out/sample.txt"
