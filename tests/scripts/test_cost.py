@@ -133,10 +133,10 @@ def test_groups_that_a_part_of_a_row_receives(blocks, devices, m):
             elsewhere = {j for j in seen if (j + 1) * width <= begin}
             completed = {i for i in own if i * width < begin < (i + 1) * width <= begin + part}
             worst = max(worst, len(elsewhere) + len(completed))
-    assert worst <= 4
     layer = Layer(n, block_size=m, rank=1)
     received, _ = cost_model.exchange("multipole", layer, devices)
-    assert received == 2 * 8 * 64 * 4 * (m + 4 * level_count(n, m))
+    # What the model counts of each level is enough.
+    assert 2 * 8 * 64 * 4 * (m + worst * level_count(n, m)) <= received == 2 * 8 * 64 * 4 * (m + 4 * level_count(n, m))
     assert cost_model.exchange("full", layer, devices)[0] == 2 * layer.key_bytes * (devices - 1) // devices
     assert cost_model.exchange("multipole", layer, 1) == cost_model.exchange("full", layer, 1) == (0, 0)
 
@@ -167,7 +167,7 @@ def test_benchmark_and_plan(tmp_path):
     text = (tmp_path / "reports" / "cost.md").read_text()
     assert "| 1,048,576 | 512 |" in text and "## The processor that was measured" in text
     # 524,288.5 columns of 128 entries for 32 heads, two products forward and four backward, at 60 % of 989 Tflop/s.
-    assert 3 * 4 * 2**20 * 524288.5 * 128 * 32 / (0.6 * 989e12) == pytest.approx(45.5, abs=0.1) and "| 45.5 s |" in text
+    assert f"| {3 * 4 * 2**20 * 524288.5 * 128 * 32 / (0.6 * 989e12):.1f} s |" in text
 
 
 def test_what_was_not_run_is_marked(tmp_path):
