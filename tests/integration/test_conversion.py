@@ -29,6 +29,7 @@ from hf_multipole import MultipoleCache, MultipoleConfig, MultipoleForCausalLM, 
 from hf_multipole.modeling.learned import FarField
 from hf_multipole.modeling.summaries import DirectSummary, HierarchicalSummary, MeanSummary
 from tests.helpers.conversion_runs import check_sharded, saved, trainer
+from tests.helpers.processes import environment
 from tests.helpers.stock_models import BLOCK, CLOSE, DECODERS, ENCODERS, GROUPED, IMAGES, OPTIONS, RANK, SIZES, auto_class_of, build, tokens
 
 MODELS = DECODERS | ENCODERS
@@ -209,19 +210,27 @@ def test_attention_weights_of_a_loaded_model(ids, tmp_path):
     assert [weights.shape[-1] > 75 for weights in loaded(ids, output_attentions=True).attentions] == [True, True]
 
 
+@pytest.mark.slow
 def test_in_a_new_process(ids, tmp_path):
     """Importing the package is enough to load it; without that Transformers refuses, instead of dropping the summaries."""
     model = converted().float()
     saved(model, tmp_path / "model")
     torch.save((ids, model(ids).logits), tmp_path / "expected")
-    load = "import sys, torch; from transformers import AutoModelForCausalLM; ids, expected = torch.load(sys.argv[1] + '/expected'); "
-    load += "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/model').eval(); "
-    load += "assert torch.allclose(model(ids).logits, expected, atol=1e-5)"
-    run = [sys.executable, "-c", "import hf_multipole; " + load, str(tmp_path)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model")
+except ValueError as error:
+    assert 'attn_implementation="multipole"` is not supported' in str(error), error
+else:
+    raise AssertionError("it was loaded")
+import hf_multipole
+ids, expected = torch.load(sys.argv[1] + "/expected")
+assert torch.allclose(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model").eval()(ids).logits, expected, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "-c", load, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode != 0 and 'attn_implementation="multipole"` is not supported' in done.stderr
 
 
 def test_another_implementation_by_choice(ids, tmp_path):
@@ -303,6 +312,7 @@ def test_adapters(ids, tmp_path):
     torch.testing.assert_close(again.state_dict(), merged.state_dict(), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_fully_sharded(ids, tmp_path):
     check_sharded(converted(), ids, tmp_path)
 

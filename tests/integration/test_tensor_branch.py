@@ -213,6 +213,7 @@ def test_adapters(ids, tmp_path):
     torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, out, **CLOSE)
 
 
+@pytest.mark.slow
 def test_fully_sharded(ids, tmp_path):
     check_sharded(converted(), ids, tmp_path)
 

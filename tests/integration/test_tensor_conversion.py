@@ -194,6 +194,7 @@ def test_a_new_model_of_the_configuration(ids):
     assert all(parameter.is_meta for parameter in learned(model).values())
 
 
+@pytest.mark.slow
 def test_in_a_new_process(ids, tmp_path):
     """Importing the package is enough to load it; without that Transformers refuses, instead of dropping the branches."""
     model = converted().float()

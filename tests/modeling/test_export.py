@@ -52,6 +52,7 @@ def test_a_fixed_length_and_any_batch(name):
 
 
 @pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.slow
 def test_a_dynamic_length_is_refused(name):
     with pytest.raises(ValueError, match=DYNAMIC):
         exported(MODELS[name](), inputs(), {1: LENGTH})
@@ -82,6 +83,7 @@ def test_exact_attention_has_a_dynamic_length(own):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_onnx_is_refused(monkeypatch, name):
     """Within torch.onnx, which needs a package of its own, a program or a trace of a model is refused, and exact attention is not."""
     model, given = MODELS[name](), inputs()

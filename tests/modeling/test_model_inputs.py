@@ -80,6 +80,7 @@ def test_what_stands_in_padding_does_not_matter(ids):
 @pytest.mark.parametrize("layer_types", [["multipole_attention"] * 2, ["full_attention"] * 2, HYBRID])
 @pytest.mark.parametrize("implementation", ["multipole", "sdpa"])
 @pytest.mark.parametrize("lengths", [(30, 45), (3, 40, 1, 31), (BLOCK, 50, EXACT + 1)])
+@pytest.mark.slow
 def test_packed_documents_are_documents_alone(causal, rotate_summaries, layer_types, implementation, lengths):
     model = build(
         MultipoleModel, is_causal=causal, rotate_summaries=rotate_summaries, layer_types=layer_types, attn_implementation=implementation

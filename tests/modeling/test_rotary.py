@@ -70,6 +70,7 @@ def test_a_pass_does_not_depend_on_those_before(rope):
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=str)
+@pytest.mark.slow
 def test_generation_across_the_limit(rope, layers):
     """The tokens that passes without a cache write, before the limit and after it, for rows of unequal length as well."""
     model, prompt = model_of(rope, layers), tokens(n=LIMIT - 6)
@@ -123,6 +124,7 @@ def test_a_saved_state_across_the_limit(rope, tmp_path):
     assert_close(model.generate(ids, past_key_values=loaded, **options), model.generate(ids, use_cache=False, **options))
 
 
+@pytest.mark.slow
 def test_compiled_steps(rope):
     torch._dynamo.reset()
     model, ids = model_of(rope), tokens(n=LIMIT + 1)

@@ -38,6 +38,7 @@ def same_curve(one, other, step=12):
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "streaming"])
+@pytest.mark.slow
 def test_two_processes_are_as_one(texts, tmp_path, kind):
     masked = kind == "masked"
     options = [*OPTIONS, *(["--streaming", "true", "--validation_file", texts] if kind == "streaming" else [])]
@@ -49,6 +50,7 @@ def test_two_processes_are_as_one(texts, tmp_path, kind):
     assert figures[0] == pytest.approx(figures[1], **CLOSE)
 
 
+@pytest.mark.slow
 def test_two_killed_processes_go_on(texts, tmp_path):
     """To the last bit, dropout included; one dies in a step and one while a checkpoint is written."""
     code, output = train_in_two_processes(arguments(texts, tmp_path / "whole", *OPTIONS), tmp_path / "log")
@@ -65,6 +67,7 @@ def test_two_killed_processes_go_on(texts, tmp_path):
     assert all(first[name].equal(second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_torchrun(texts, tmp_path):
     """The command that is documented."""
     few = [*OPTIONS, "--max_steps", "4", "--save_steps", "4"]
@@ -84,6 +87,7 @@ def _evaluate(environment, argv):
     runpy.run_module("scripts.evaluate_lm", run_name="__main__")
 
 
+@pytest.mark.slow
 def test_evaluation_on_two_processes(texts, tmp_path):
     """The same figures and the same reach as on one; seven rows do not divide evenly."""
     build(vocab_size=384).float().save_pretrained(tmp_path / "model")
@@ -143,6 +147,7 @@ def _steps(model, share, average=lambda loss: None):
     return torch.stack(losses)
 
 
+@pytest.mark.slow
 def test_sharded_weights(tmp_path):
     """fully_shard over two gloo ranks gives the losses and weights of one process, and a checkpoint that loads as any other."""
     assert on_ranks(2, _sharded, str(tmp_path / "sharded")) == [0, 0]
