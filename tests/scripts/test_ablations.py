@@ -39,6 +39,7 @@ def test_weights():
         assert len(shares) == 2 and min(shares) > 0 and sum(shares) == pytest.approx(1 - near, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_script(checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text("Words and numbers: 12, 3. " * 40)
     arguments = ["--models", checkpoint, "--file", "text.txt", "--context", 64, "--rows", 3, "--output", "out"]
