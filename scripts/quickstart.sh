@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains a small multipole language model on the source text of Python's standard library, saves it, reloads it and lets it
-# write; then reads a long file once, keeps what it remembers of it in a small file, and goes on from there. With --compare, models of the same width and depth with the near field only and with full attention are trained as well, and the
-# three curves drawn. The virtual environment is .venv, or $VENV; results are under runs/.
+# write; then reads a long file once, keeps what it remembers of it in a small file, and goes on from there. With --compare,
+# models of as many parameters with the near field only and with full attention are trained as well, and the three curves
+# drawn. The virtual environment is .venv, or $VENV; results are under runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +28,7 @@ python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out"
 if $compare; then
     python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out-near-only" --config_overrides '{far_bias_init: -10000}'
     python scripts/run_clm.py --config configs/quickstart.yaml --output_dir "$out-full" --config_overrides \
-        '{layer_types: [full_attention, full_attention]}'
+        '{layer_types: [full_attention, full_attention], intermediate_size: 618}'
     python -m scripts.studies.compare_curves --output "$out/comparison.png" "multipole=$out" "near field only=$out-near-only" "full attention=$out-full"
 fi
 python scripts/generate.py --model "$out" --prompt $'def read(self, path):\n    """' --max-new-tokens 200 | tee "$out/sample.txt"

@@ -9,7 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -251,7 +251,8 @@ def check_module(module: str, arguments: list[str], monkeypatch) -> None:
     parse_args = argparse.ArgumentParser.parse_args
 
     def read(self, args=None, namespace=None):
-        parse_args(self, args, namespace)
+        with suppress(SystemExit) if "--help" in arguments else nullcontext():
+            parse_args(self, args, namespace)
         raise Read
 
     with monkeypatch.context() as patch:

@@ -177,6 +177,9 @@ EXAMPLES = {
         TensorCase(n=5, order=5, batch=1, kv_heads=1),
     ],
     (exact, sees_exactly_what_is_visible): [replace(FULL, padding=PADDED, cuts=(8,), window=(3, 5))],
+    (fixed_polynomial, sees_exactly_what_is_visible): [  # nothing but padding
+        TensorCase(n=2, dim=2, batch=1, causal=False, padding=((1, 1),), entries=1.0)
+    ],
     (exact, future_does_not_matter): [FULL, replace(FULL, n=30, batch=1, window=(3, 20))],
     (exact, padding_does_not_matter): [replace(FULL, causal=False, window=(3, None))],
     (exact, documents_do_not_meet): [replace(FULL, cuts=(3, 8))],
