@@ -385,15 +385,15 @@ def test_rows_longer_than_those_of_training(spy, far_bias_init):
     """
     model = build(max_position_embeddings=64, far_bias_init=far_bias_init)
     assert all(layer.self_attn.far_field.max_levels == 2 for layer in model.model.layers)
-    ids = tokens(n=600)
+    ids = tokens(n=280)
     calls = spy("multipole")
     output = model(ids, output_attentions=True)
     for call, weights in zip(calls, output.attentions):
         torch.testing.assert_close(weights, reference_of(call)[1], **CLOSE)
-    out = model(ids[:, :599], use_cache=True)
-    torch.testing.assert_close(model(ids[:, 599:], past_key_values=out.past_key_values).logits, output.logits[:, 599:], **CLOSE)
+    out = model(ids[:, :279], use_cache=True)
+    torch.testing.assert_close(model(ids[:, 279:], past_key_values=out.past_key_values).logits, output.logits[:, 279:], **CLOSE)
     # What is farther away makes no difference (whole groups of all levels are cut off).
-    rest = model(ids[:, 320:], position_ids=torch.arange(320, 600)[None]).logits
+    rest = model(ids[:, 128:], position_ids=torch.arange(128, 280)[None]).logits
     torch.testing.assert_close(rest[:, -20:], output.logits[:, -20:], **CLOSE)
 
 

@@ -181,7 +181,9 @@ def test_source_text_and_lines(tmp_path, monkeypatch):
         (["--push_to_hub", "true", "--hub_strategy", "checkpoint"], "hub_strategy checkpoint"),
     ],
 )
-def test_refused_before_anything_is_written(texts, tmp_path, more, message):
+def test_refused_before_anything_is_written(texts, tmp_path, monkeypatch, more, message):
+    # Without a network, a name that is looked up on the Hub takes most of a minute to fail.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as caught:
         train(arguments(texts, tmp_path / "run", *more))
     line = str(caught.value.code)
