@@ -31,7 +31,7 @@ if $compare; then
         '{layer_types: [full_attention, full_attention], intermediate_size: 618}'
     python -m scripts.studies.compare_curves --output "$out/comparison.png" "multipole=$out" "near field only=$out-near-only" "full attention=$out-full"
 fi
-python scripts/generate.py --model "$out" --prompt $'def read(self, path):\n    """' --max-new-tokens 200 | tee "$out/sample.txt"
+python scripts/generate.py --model "$out" --prompt $'class Reader:\n    def __init__(self, path):' --max-new-tokens 200 --temperature 0.6 | tee "$out/sample.txt"
 long=$(python -c "import argparse; print(argparse.__file__)")
 echo
 echo "A long text, $long, is read once into a state of fixed size, and gone on from more than once:"

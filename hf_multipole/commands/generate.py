@@ -66,7 +66,7 @@ def write(args: argparse.Namespace, text: str, tokenizer, model, ids: torch.Tens
         attention_mask=torch.ones(1, length + 1, dtype=torch.long, device=model.device),
         past_key_values=cache,
         max_new_tokens=args.max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
     new = out.shape[1] - 1
