@@ -22,8 +22,8 @@ FILES = sorted(path for path in MODELING.glob("*.py") if path.name != "__init__.
 
 
 def run(script: str, *arguments, cwd) -> str:
-    """A fresh interpreter without network, in a folder from which the package cannot be seen unless it is put on the path."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    """What a fresh interpreter prints, without network, in another folder; the package is on its path."""
+    environment = os.environ | {"PYTHONPATH": str(Path(hf_multipole.__file__).parents[1])}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd), "HF_MODULES_CACHE": str(cwd / "modules"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -55,7 +55,6 @@ def test_an_import_leaves_stock_models_alone(tmp_path):
     """The same classes, outputs and attention before and after; and nothing that training or kernels need is loaded."""
     script = """
 import sys
-sys.path.insert(0, sys.argv[1])
 for name in ("triton", "datasets", "evaluate", "matplotlib"):
     sys.modules[name] = None
 import torch
@@ -84,7 +83,7 @@ for kind, mapping in registries().items():
     assert all(mapping[name] is function for name, function in registered[kind].items())
 print("untouched")
 """
-    assert run(script, Path(hf_multipole.__file__).parents[1], cwd=tmp_path).strip() == "untouched"
+    assert run(script, cwd=tmp_path).strip() == "untouched"
 
 
 def test_public_names():
@@ -153,15 +152,14 @@ def test_transformers_own_way_of_saving_code(tmp_path):
     """``register_for_auto_class`` works as on any custom model."""
     script = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from hf_multipole import MultipoleConfig, MultipoleForCausalLM
 MultipoleConfig.register_for_auto_class()
 MultipoleForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 config = MultipoleConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-MultipoleForCausalLM(config).save_pretrained(sys.argv[2])
+MultipoleForCausalLM(config).save_pretrained(sys.argv[1])
 """
     folder = tmp_path / "saved"
-    run(script, Path(hf_multipole.__file__).parents[1], folder, cwd=tmp_path)
+    run(script, folder, cwd=tmp_path)
     reference = tmp_path / "reference"
     MultipoleConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(reference)
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in reference.glob("*.py")}
@@ -205,7 +203,6 @@ check(AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=
 CHECKPOINT_FIRST = """
 remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 check(remote)
-sys.path.insert(0, sys.argv[2])
 from hf_multipole import MultipoleForCausalLM
 local = MultipoleForCausalLM.from_pretrained(folder)
 assert type(local) is not type(remote)
@@ -214,7 +211,6 @@ for model in (local, remote, local):
 """
 
 PACKAGE_FIRST = """
-sys.path.insert(0, sys.argv[2])
 from hf_multipole import MultipoleForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 # The package's own classes win, whatever is asked for...
@@ -231,7 +227,7 @@ for model in (remote, local, remote):
 
 @pytest.mark.parametrize("script", [ALONE, CHECKPOINT_FIRST, PACKAGE_FIRST], ids=["alone", "checkpoint first", "package first"])
 def test_checkpoint_code(checkpoint, tmp_path, script):
-    run(COMMON + script, checkpoint, Path(hf_multipole.__file__).parents[1], cwd=tmp_path)
+    run(COMMON + script, checkpoint, cwd=tmp_path)
 
 
 def test_the_package_loads_it_without_its_code(checkpoint):
