@@ -112,7 +112,7 @@ def check_rows(attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | 
             raise ValueError(
                 f"attention_mask has a hole in row {rows[0].item()}: padding must lie at the ends of a row; move it to one side. (Behind a "
                 "prefix, as PEFT puts it before rows, that is the right side. generate takes pad tokens of a prompt for padding, unless it "
-                "is given attention_mask=torch.ones_like(input_ids))"
+                "is given attention_mask=torch.ones_like(input_ids), or pad_token_id=eos_token_id where another model assists)"
             )
     if segment_ids is not None:
         for row, ids in enumerate(segment_ids):

@@ -1,10 +1,12 @@
 """One forward of a multipole model: what it is given, checked, with the positions, documents and masks that its layers need."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationConfig, GenerationMode
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
@@ -251,3 +253,17 @@ def summary_positions(config: MultipoleConfig, position_ids: torch.Tensor, mask:
         there = positions[:, None, ::width, None] + segment * (width // config.rank) - 0.5
         centres[level] = torch.where(mass > 0, centres[level], there[..., None])
     return [centre.squeeze(-1) for centre in centres]
+
+
+def refuse_cut_weights(config: MultipoleConfig, generation: GenerationConfig, options: dict) -> None:
+    """Raises ValueError where generate, given ``options``, is to return the attention weights of layers whose summaries have columns
+    behind those of the tokens, and is assisted: Transformers then cuts weights to as many columns as there are tokens.
+    """
+    generation = copy.deepcopy(generation)
+    generation.update(**options)
+    assisted = generation.get_generation_mode(options.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION
+    if assisted and any(layer_implementation(config, kind, True) == "multipole" for kind in config.layer_types):
+        raise ValueError(
+            "output_attentions is not supported in assisted generation, which would cut the columns of summaries off: leave one out, "
+            "or load the model with attn_implementation='eager'"
+        )

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_multipole import MultipoleConfig
 from .kinds import KINDS
-from .model_inputs import last_tokens, prepare
+from .model_inputs import last_tokens, prepare, refuse_cut_weights
 from .multipole_cache import keeps_state, take_number
 from .private import shift_labels_of
 from .rotary import MultipoleRotaryEmbedding, depends_on_length, is_rotated_anew, rotate
@@ -262,6 +262,10 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
         self.model = MultipoleModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Whether assisted generation is refused: where no token can be taken back, or candidates would change the angles of the tokens
+        # before them. The class itself says False, as those read it that have no model yet.
+        sums = config.tensor_method == "polynomial" and "tensor_attention" in config.layer_types
+        self._is_stateful = sums or depends_on_length(config)
         self.post_init()
 
     @can_return_tuple
@@ -302,14 +306,6 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    @property
-    def _is_stateful(self) -> bool:
-        """Whether assisted generation is refused: where no token can be taken back, or candidates would change the angles of the tokens
-        before them.
-        """
-        sums = self.config.tensor_method == "polynomial" and "tensor_attention" in self.config.layer_types
-        return sums or depends_on_length(self.config)
-
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs):
         """See :meth:`transformers.GenerationMixin.prepare_inputs_for_generation`, which reads from the names of the arguments that a
         prompt may be embeddings. Where the keys in the cache would have other angles in the longer text, it is read anew.
@@ -331,6 +327,12 @@ class MultipoleForCausalLM(MultipolePreTrainedModel, GenerationMixin):
         """See :meth:`transformers.GenerationMixin.generate`."""
         if not self.config.is_causal:
             raise ValueError("generation needs a causal model, but this one is bidirectional (is_causal=False)")
+        given = kwargs.get("generation_config") or self.generation_config
+        if given.is_assistant and kwargs.get("attention_mask") is None and kwargs.get("input_ids") is not None:
+            # The model that is assisted drops a mask of ones. From none, pad tokens of its text would be taken for padding.
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+        if kwargs.get("output_attentions", given.output_attentions):
+            refuse_cut_weights(self.config, given, kwargs)
         return super().generate(*args, **kwargs)
 
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StoppingCriteria, TextStreamer
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StoppingCriteria, TextStreamer
 
-from hf_multipole import MultipoleCache
+from hf_multipole import MultipoleCache, MultipoleForCausalLM
 from tests.helpers.cache_runs import FULL_FIRST, KINDS, run, states
 from tests.helpers.tiny_models import CLOSE, HYBRID, build, pad, randomise, tokens
 
@@ -70,6 +70,49 @@ def test_other_ways_of_generating(options, kind):
     prompt = tokens(rows=1, n=30)
     plain = model.generate(prompt, max_new_tokens=25, do_sample=False, eos_token_id=-1)
     torch.testing.assert_close(model.generate(prompt, max_new_tokens=25, do_sample=False, eos_token_id=-1, **options), plain)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_pad_token_in_a_text_whose_generation_is_assisted(stock):
+    """A mask of ones says that it is a token like any other, but does not reach the model that assists."""
+    if stock:
+        sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+        config = LlamaConfig(**sizes, eos_token_id=2)
+        model, assistant = (randomise(AutoModelForCausalLM.from_config(config, attn_implementation="multipole"), s) for s in (0, 4))
+    else:
+        model = build()
+        assistant = randomise(copy.deepcopy(model), seed=4)
+    prompt = tokens(rows=1, n=30)
+    prompt[0, 7] = model.config.pad_token_id
+    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+    plain = model.generate(prompt, **options)
+    if stock:
+        with pytest.raises(ValueError, match="pad_token_id=eos_token_id where another model assists"):
+            model.generate(prompt, assistant_model=assistant, **options)
+        options["pad_token_id"] = model.config.eos_token_id
+    torch.testing.assert_close(model.generate(prompt, assistant_model=assistant, **options), plain)
+
+
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}])
+def test_weights_of_assisted_generation(how):
+    """Transformers cuts them to the columns of the tokens. Exact layers have no others."""
+    model, how = build(), dict(how)
+    if how.pop("assistant", False):
+        how["assistant_model"] = model
+    options = how | dict(max_new_tokens=4, do_sample=False, eos_token_id=-1, output_attentions=True, return_dict_in_generate=True)
+    prompt = tokens(rows=1, n=30)
+    with pytest.raises(ValueError, match="output_attentions is not supported in assisted generation"):
+        model.generate(prompt, **options)
+    model.set_attn_implementation("eager")
+    for layers in model.generate(prompt, **options).attentions:
+        for weights in layers:
+            torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+
+
+def test_the_class_says_that_generation_may_be_assisted():
+    """As Transformers' tests ask it, which have no model yet; a model that takes no token back says so itself."""
+    assert MultipoleForCausalLM._is_stateful is False and build()._is_stateful is False
+    assert build(layer_types=["tensor_attention"], tensor_method="polynomial", tensor_score_dim=3, tensor_entry_bound=0.8)._is_stateful
 
 
 def test_embeddings_as_the_prompt():
