@@ -16,10 +16,9 @@ def segment_means(rank: int, width: int) -> torch.Tensor:
     return weight
 
 
-def effective_weights(summary, head: int, level: int, block_size: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a summary module does to the tokens of one full group: its linear map, and the map's shares of absolute weight.
-
-    Both ``(rank, width of the level, dim or 1)``; None stands for means.
+def effective_weights(summary, head: int, level: int, block_size: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a summary module does to the tokens of one full group: its linear map, the map's shares of absolute weight, both ``(rank,
+    width of the level, dim or 1)``, and these shares for all channels at once ``(rank, width)``. None stands for means.
     """
 
     def shares(weight):
@@ -29,6 +28,7 @@ def effective_weights(summary, head: int, level: int, block_size: int, rank: int
     if hasattr(summary, "merge"):  # hierarchical
         linear = summary.tokens[head].double()
         share = shares(linear)
+        even = share.mean(-1)
         merge = summary.merge[head].double()  # (rank, 2 * rank, dim)
         merge_share = shares(merge)
         for _ in range(2, level + 1):
@@ -36,18 +36,30 @@ def effective_weights(summary, head: int, level: int, block_size: int, rank: int
             linear = torch.cat([torch.einsum("rsc,stc->rtc", half, linear) for half in halves], 1)
             halves = merge_share[:, :rank], merge_share[:, rank:]
             share = torch.cat([torch.einsum("rsc,stc->rtc", half, share) for half in halves], 1)
-        return linear, share
+            even = torch.cat([half.mean(-1) @ even for half in halves], 1)
+        return linear, share, even
     if hasattr(summary, "levels"):  # direct
         linear = summary.levels[level - 1][head].double()
-        return linear, shares(linear)
+        return linear, shares(linear), shares(linear).mean(-1)
     mean = segment_means(rank, block_size * 2 ** (level - 1))
-    return mean, mean
+    return mean, mean, mean[..., 0]
 
 
-def summarise(x: torch.Tensor, linear: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summaries ``(rank, dim)`` of the first ``len(x)`` tokens of a group, and the mass ``(rank, dim or 1)`` of each."""
-    mass = share[:, : len(x)].sum(1)
-    total = (linear[:, : len(x)] * x).sum(1)
+def summarise(
+    x: torch.Tensor, linear: torch.Tensor, share: torch.Tensor, even: torch.Tensor, token_masses: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summaries ``(rank, dim)`` of the first ``len(x)`` tokens of a group, and the mass ``(rank, dim or 1)`` of each.
+
+    token_masses: ``(tokens,)``, what each token weighs; None for 1 each. A summary is then divided, and its mass multiplied, by the mean of
+    these, weighted by ``even``.
+    """
+    size = len(x)
+    mass = share[:, :size].sum(1)
+    if token_masses is not None:
+        x, of_tokens = token_masses[:, None] * x, even[:, :size].sum(1)
+        mean = torch.where(of_tokens > 0, (even[:, :size] * token_masses).sum(1) / of_tokens.clamp(min=1e-300), 0)
+        mass = mass * mean[:, None]
+    total = (linear[:, :size] * x).sum(1)
     return torch.where(mass > 0, total / mass.clamp(min=1e-300), 0), mass
 
 
@@ -93,6 +105,8 @@ def multipole_attention_reference(
     value_summary=None,
     query_summary=None,
     far_keys=None,
+    log_masses=None,
+    sink_tokens=0,
     causal=True,
     attention_mask=None,
     segment_ids=None,
@@ -115,6 +129,7 @@ def multipole_attention_reference(
     downsample_queries, those of a segment's first token serve all of its tokens.
     causal_queries: what stands for the queries of a segment in the causal case: "first", that of its first token, or "previous",
     the mean of the segment before it.
+    log_masses: ``(batch, kv_heads, n)``, logarithms of what each token weighs in summaries; None for 0.
     rotate_summary: ``(summary (rank, dim), first token's offset in the document, width) -> (rank, dim)``, applied to keys.
     return_weights: also returns the weights ``(batch, heads, n, n + summaries)``, for rows of one document.
     """
@@ -135,6 +150,10 @@ def multipole_attention_reference(
             for tokens in documents(mask[b], None if segment_ids is None else segment_ids[b]):
                 size = len(tokens)
                 keys, values, far = k[b, kv][tokens], v[b, kv][tokens], far_keys[b, kv][tokens]
+                masses = torch.ones(size, dtype=torch.float64) if log_masses is None else log_masses[b, kv][tokens].double().exp()
+                masses = torch.where(torch.arange(size) < sink_tokens, 0, masses)
+                if log_masses is None and not sink_tokens:
+                    masses = None
                 pooled = {}  # by level and first token of a segment
                 if downsample_queries:
                     queries = {"query_summary": query_summary} if not causal else {"causal_queries": causal_queries}
@@ -146,8 +165,9 @@ def multipole_attention_reference(
                     key_maps = effective_weights(key_summary, kv, level, block_size, rank)
                     value_maps = effective_weights(value_summary, kv, level, block_size, rank)
                     for first in range(0, size, width):
-                        key, mass = summarise(far[first : first + width], *key_maps)
-                        value, _ = summarise(values[first : first + width], *value_maps)
+                        own = None if masses is None else masses[first : first + width]
+                        key, mass = summarise(far[first : first + width], *key_maps, own)
+                        value, _ = summarise(values[first : first + width], *value_maps, own)
                         if rotate_summary is not None:
                             key = rotate_summary(key, first, min(width, size - first))
                         summaries.append((first // width, width, level, key, value, mass.mean(-1) * width / rank))
@@ -160,9 +180,10 @@ def multipole_attention_reference(
                     block = t // block_size
                     low = max(0, (block - 1) * block_size)
                     high = t + 1 if causal else min(size, (block + 2) * block_size)
-                    logits = [cap(scale * keys[low:high] @ query)]
-                    visible_values = [values[low:high]]
-                    columns = [tokens[low:high]]
+                    seen = [j for j in range(size) if low <= j < high or (j < sink_tokens and (j <= t or not causal))]
+                    logits = [cap(scale * keys[seen] @ query)]
+                    visible_values = [values[seen]]
+                    columns = [tokens[seen]]
                     for position, (group, width, level, key, value, count) in enumerate(summaries):
                         own = t // width
                         if abs(group - own) < 2 or abs(group // 2 - own // 2) > 1 or (causal and group > own):

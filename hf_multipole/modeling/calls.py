@@ -16,6 +16,7 @@ class Call(NamedTuple):
     key_summary: nn.Module | None = None
     value_summary: nn.Module | None = None
     query_summary: nn.Module | None = None
+    log_masses: torch.Tensor | None = None
     far_bias: torch.Tensor | None = None
     max_levels: int | None = None
     causal: bool = True
@@ -36,7 +37,7 @@ def refuse_shards() -> None:
         )
 
 
-def check_tensors(q, k, v, far_keys, attention_mask, segment_ids) -> None:
+def check_tensors(q, k, v, far_keys, attention_mask, segment_ids, log_masses=None) -> None:
     """Raises ValueError or TypeError for tensors of a wrong kind, shape, dtype or device, and for parts of rows."""
     refuse_shards()
     tensors = {"q": q, "k": k, "v": v} | ({} if far_keys is None else {"far_keys": far_keys})
@@ -63,6 +64,8 @@ def check_tensors(q, k, v, far_keys, attention_mask, segment_ids) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, but with q {tuple(q.shape)} and k {tuple(k.shape)} it must be {tuple(shape)}"
             )
+    if log_masses is not None:
+        _check_masses(log_masses, (batch, kv_heads, n), q.device)
     if heads % kv_heads:
         raise ValueError(f"q has {heads} heads, which the {kv_heads} heads of k and v do not divide")
     if queries > n:
@@ -81,6 +84,16 @@ def check_tensors(q, k, v, far_keys, attention_mask, segment_ids) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}, but must be bool or integers: additive masks are not supported")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, but q is on {q.device}: move it there")
+
+
+def _check_masses(log_masses, shape: tuple[int, int, int], device: torch.device) -> None:
+    if not isinstance(log_masses, torch.Tensor) or not log_masses.is_floating_point():
+        got = f"dtype {log_masses.dtype}" if isinstance(log_masses, torch.Tensor) else type(log_masses).__name__
+        raise TypeError(f"log_masses must be a floating-point tensor (batch, kv_heads, n), but is {got}")
+    if log_masses.shape != shape:
+        raise ValueError(f"log_masses has shape {tuple(log_masses.shape)}, but must be (batch, kv_heads, n) = {shape}")
+    if log_masses.device != device:
+        raise ValueError(f"log_masses is on {log_masses.device}, but q is on {device}: move it there")
 
 
 def check_logits(scale: float | None, softcap: float | None, dropout_p: float) -> None:

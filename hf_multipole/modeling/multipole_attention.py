@@ -45,6 +45,7 @@ class Rows(NamedTuple):
     slots: int
     levels: int
     causal: bool
+    sinks: int  # of each document
 
     @property
     def blocks(self) -> int:
@@ -89,6 +90,39 @@ class Rows(NamedTuple):
         full = self.n % (self.block_size << (self.levels - 1)) == 0
         return None if full else (torch.arange(self.slots, device=device) < self.n)[None]
 
+    def masses(self, log_masses: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+        """What the tokens of the slots weigh in summaries, ``(batch or 1, kv_heads or 1, slots)`` in the compute dtype: 0 in empty slots,
+        and for sinks; None where all weigh the same.
+        """
+        if log_masses is None and not self.sinks:
+            return None
+        slot = torch.arange(self.slots, device=like.device)[None]
+        if self.alignment is None:
+            none, place = slot >= self.n, slot
+        else:
+            none, place = self.alignment.document < 0, slot - self.alignment.first.repeat_interleave(self.block_size, 1)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if log_masses is None:
+            masses = torch.ones(1, 1, 1, dtype=dtype, device=like.device)
+        else:
+            masses = self.place(log_masses[..., None].to(dtype)).squeeze(-1).exp()
+        return masses.masked_fill((none | (place < self.sinks))[:, None], 0)
+
+    def sink_slots(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of the sinks of the blocks that are run, ``(batch or 1, blocks or 1, sinks)``, and which of them a block does not see as
+        such, ``(batch or 1, blocks, sinks)`` bool: there is none, or it lies in the near field.
+        """
+        block = torch.arange(self.first, self.first + self.blocks, device=device)[None, :, None]
+        slots, there = torch.arange(self.sinks, device=device)[None, None], torch.ones((), dtype=torch.bool, device=device)
+        if self.alignment is not None:
+            document = self.alignment.document
+            slots = self.alignment.first[..., None] + slots
+            held = document.gather(1, slots.flatten(1).clamp(max=self.slots - 1)).view(slots.shape)
+            there = (slots < self.slots) & (held == document[:, :: self.block_size, None]) & (held >= 0)
+            slots = slots.clamp(max=self.slots - 1)
+        beside = slots // self.block_size - block
+        return slots, ~there | ((beside >= -1) if self.causal else (beside.abs() <= 1))
+
     def document(self, device: torch.device) -> torch.Tensor | None:
         """Numbers of documents, negative in empty slots, ``(batch or 1, 1, blocks, block_size)``; None where that makes no difference."""
         if self.alignment is not None:
@@ -109,7 +143,8 @@ def lay_out(n: int, queries: int, alignment: Alignment | None, call: Call) -> Ro
     slots = -(-n // block_size) * block_size if alignment is None else alignment.index.shape[1]
     # A document has no more levels than a row of n tokens, though a packed grid is longer.
     levels = min(level_count(n, block_size, call.max_levels), level_count(slots, block_size))
-    return Rows(alignment, n, queries, block_size, rank, first, slots, levels, call.causal)
+    sinks = min(call.options.sink_tokens, n) if slots > 2 * block_size else 0
+    return Rows(alignment, n, queries, block_size, rank, first, slots, levels, call.causal, sinks)
 
 
 def aligned_attention(q, k, v, alignment, call: Call, far_keys=None, return_weights: bool = False):
@@ -132,13 +167,52 @@ def aligned_attention(q, k, v, alignment, call: Call, far_keys=None, return_weig
     kernels = takes_kernels(call.backend, q, {"q": q.shape[-1], "v": v.shape[-1]}, call.dropout_p)
     rows = lay_out(n, queries, alignment, call)
     q, k, v = rows.place_queries(q), rows.place(k), rows.place(v)
+    k, v, sinks = _find_sinks(k, v, rows)
     k, v, field = summarise(k, v, None if far_keys is None else rows.place(far_keys), rows, call, kernels)
     if shared and rows.levels:
-        return rows.take(_attend_by_segments(q, k, v, field, rows, call, kernels)), None
+        return rows.take(_attend_by_segments(q, k, v, field, sinks, rows, call, kernels)), None
     k, v = (x[:, :, rows.first * rows.block_size :] for x in (k, v))
     attend = _attend_by_kernels if kernels else _attend_by_blocks
-    out = rows.take(attend(q, k, v, field, rows, call))
-    return out, _weights(q, k, v, field, rows, call) if return_weights else None
+    out = rows.take(attend(q, k, v, field, sinks, rows, call))
+    return out, _weights(q, k, v, field, sinks, rows, call) if return_weights else None
+
+
+class Sinks(NamedTuple):
+    """The first tokens of documents, as blocks of queries see them beside their near field."""
+
+    keys: torch.Tensor  # (batch, kv_heads, lists, sinks, dim): one list for all blocks, or one for each
+    values: torch.Tensor
+    hidden: torch.Tensor  # (batch or 1, blocks, sinks) bool: there is none, or the block has it in its near field
+
+
+class _Picked(torch.autograd.Function):
+    """Tokens of some slots ``(batch or 1, picked)``; also returns the tokens, whose gradient is completed in place (see summaries.py)."""
+
+    @staticmethod
+    def forward(ctx, tokens, slots):
+        ctx.save_for_backward(slots)
+        return tokens.view_as(tokens), tokens.gather(2, _over_channels(slots, tokens))
+
+    @staticmethod
+    def backward(ctx, grad, picked):
+        (slots,) = ctx.saved_tensors
+        grad.scatter_add_(2, _over_channels(slots, grad), picked)
+        return grad, None
+
+
+def _over_channels(slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    batch, heads, _, dim = tokens.shape
+    return slots[:, None, :, None].expand(batch, heads, -1, dim)
+
+
+def _find_sinks(k, v, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, Sinks | None]:
+    """Keys and values in their slots, for further use, and their sinks."""
+    if not rows.sinks:
+        return k, v, None
+    slots, hidden = rows.sink_slots(k.device)
+    k, keys = _Picked.apply(k, slots.flatten(1))
+    v, values = _Picked.apply(v, slots.flatten(1))
+    return k, v, Sinks(*(x.unflatten(2, slots.shape[1:]) for x in (keys, values)), hidden)
 
 
 def summarise(k, v, far_keys, rows: Rows, call: Call, kernels: bool):
@@ -147,7 +221,8 @@ def summarise(k, v, far_keys, rows: Rows, call: Call, kernels: bool):
     if not rows.levels:
         no_keys, no_values = ([x.new_zeros(*heads, 0, rows.rank, x.shape[-1], dtype=dtype)] for x in (k, v))
         return k, v, Field(no_keys, no_values, None)
-    how, kept = (rows.validity(k.device), rows.levels), {"everything": True, "kernels": kernels}
+    masses = rows.masses(call.log_masses, k)
+    how, kept = (rows.validity(k.device), rows.levels), {"everything": True, "kernels": kernels, "token_masses": masses}
     of_keys, of_values = (x or MeanSummary(rows.block_size, rows.rank) for x in (call.key_summary, call.value_summary))
     if far_keys is None:
         k, far_k, counts = of_keys(k, *how, **kept)
@@ -160,12 +235,12 @@ def summarise(k, v, far_keys, rows: Rows, call: Call, kernels: bool):
 # Ways to attend: to the tokens of neighbouring blocks and to the summaries of a field, from q, k, v in whole blocks of the same tokens
 
 
-def _attend_by_blocks(q, k, v, field: Field, rows: Rows, call: Call) -> torch.Tensor:
+def _attend_by_blocks(q, k, v, field: Field, sinks: Sinks | None, rows: Rows, call: Call) -> torch.Tensor:
     """The PyTorch path: ``(batch, heads, slots, value_dim)``."""
-    return attend_blocks(q, k, v, _listed(field, rows, call, q), rows.document(q.device), rows.block_size, call)
+    return attend_blocks(q, k, v, _listed(field, sinks, rows, call, q), rows.document(q.device), rows.block_size, call)
 
 
-def _attend_by_kernels(q, k, v, field: Field, rows: Rows, call: Call) -> torch.Tensor:
+def _attend_by_kernels(q, k, v, field: Field, sinks: Sinks | None, rows: Rows, call: Call) -> torch.Tensor:
     """The GPU kernels, which find the listed summaries by themselves."""
     far_k, far_v, counts = field.side_by_side()
     groups = [group_count(rows.slots, rows.block_size, level + 1) for level in range(rows.levels)]
@@ -177,10 +252,11 @@ def _attend_by_kernels(q, k, v, field: Field, rows: Rows, call: Call) -> torch.T
         log_counts=None if counts is None else log_counts(counts, call.options.size_weighting),
         document=None if document is None else document.flatten(1),
         stretch=(None, None) if alignment is None else (alignment.first, alignment.last),
+        sinks=sinks,
     )[0]
 
 
-def _attend_by_segments(q, k, v, field: Field, rows: Rows, call: Call, kernels: bool) -> torch.Tensor:
+def _attend_by_segments(q, k, v, field: Field, sinks: Sinks | None, rows: Rows, call: Call, kernels: bool) -> torch.Tensor:
     """The O(n) form: the tokens of a segment share a far field."""
     if rows.causal:
         q, far_q = first_queries(q, rows.block_size, rows.rank, rows.levels)
@@ -189,17 +265,17 @@ def _attend_by_segments(q, k, v, field: Field, rows: Rows, call: Call, kernels: 
         q, far_q, _ = summary(q, rows.validity(q.device), rows.levels, everything=True, kernels=kernels)
         far_q = [x.flatten(2, 3) for x in far_q]
     mean, total = far_results(far_q, field, rows.alignment, call)
-    return attend_segments(q, k, v, mean, total, rows.document(q.device), rows.block_size, call, kernels)
+    return attend_segments(q, k, v, (mean, total), sinks, rows.document(q.device), rows.block_size, call, kernels)
 
 
-def _weights(q, k, v, field: Field, rows: Rows, call: Call) -> torch.Tensor:
+def _weights(q, k, v, field: Field, sinks: Sinks | None, rows: Rows, call: Call) -> torch.Tensor:
     """Attention weights ``(batch, heads, queries, n + summaries)``."""
-    listed = _listed(field, rows, call, q)
+    listed = _listed(field, sinks, rows, call, q)
     document = rows.document(q.device)
     weights = block_weights(_blocks(q, k, v, listed, document, rows.block_size, call._replace(dropout_p=0.0)))
-    near, far = (
-        rows.take(from_blocks(x, k.shape[:2], rows.block_size)) for x in _dense_weights(weights, listed.row, rows, listed.keys.shape[2])
-    )
+    summaries = sum(x.shape[2] for x in field.keys) * rows.rank
+    dense = _dense_weights(weights, listed.row, rows, summaries)
+    near, far = (rows.take(from_blocks(x, k.shape[:2], rows.block_size)) for x in dense)
     if rows.alignment is not None:
         slot, valid = rows.alignment.slot[:, None, None], rows.alignment.valid[:, None, None]
         near = near.gather(3, slot.expand(*near.shape[:3], rows.n)) * valid
@@ -217,18 +293,23 @@ def _dense_weights(weights, row, rows: Rows, summaries: int) -> tuple[torch.Tens
         columns = (own + offset + 1) * block_size + torch.arange(block_size, device=weights.device)
         part = weights[..., i * block_size : (i + 1) * block_size]
         near.scatter_(2, columns[:, None].expand(*shape, -1), part)
+    of_summaries, of_sinks = weights[..., len(offsets) * block_size :].tensor_split([row.shape[1] - rows.sinks], -1)
+    if rows.sinks:
+        slots = rows.sink_slots(weights.device)[0].expand(-1, rows.blocks, -1)
+        slots = slots[:, None].expand(-1, len(weights) // (len(slots) * rows.blocks), -1, -1).flatten(0, 2)
+        near.scatter_add_(2, (slots[:, None] + block_size).expand(*shape, -1), of_sinks)
     far = weights.new_zeros(*shape, summaries)
-    row = row.repeat(len(weights) // rows.blocks, 1)[:, None].expand(*shape, -1)
-    return near[..., block_size:-block_size], far.scatter_add_(2, row, weights[..., len(offsets) * block_size :])
+    row = row[:, : of_summaries.shape[-1]].repeat(len(weights) // rows.blocks, 1)[:, None].expand(*shape, -1)
+    return near[..., block_size:-block_size], far.scatter_add_(2, row, of_summaries)
 
 
 # What these share with the generation state
 
 
 class Listed(NamedTuple):
-    """The summaries of a row that blocks of queries see."""
+    """The summaries of a row that blocks of queries see, and after them its sinks."""
 
-    keys: torch.Tensor  # (batch, kv_heads, summaries, dim), in the compute dtype
+    keys: torch.Tensor  # (batch, kv_heads, summaries and sinks, dim), in the compute dtype
     values: torch.Tensor  # (batch, kv_heads, summaries, value_dim)
     row: torch.Tensor  # (blocks, columns): which of them a block sees
     bias: torch.Tensor  # (batch or 1, kv_heads or 1, blocks, repeats or 1, columns): added to their logits, -inf where hidden
@@ -251,14 +332,27 @@ def log_counts(counts: torch.Tensor, size_weighting: bool) -> torch.Tensor:
     return torch.where(none, -torch.inf, logarithm)
 
 
-def _listed(field: Field, rows: Rows, call: Call, q: torch.Tensor) -> Listed:
+def _listed(field: Field, sinks: Sinks | None, rows: Rows, call: Call, q: torch.Tensor) -> Listed:
     columns = far_columns(rows.slots, rows.block_size, rows.levels, rows.causal, rows.first, q.device)
     hidden = columns.hidden[None]
     if rows.alignment is not None:
         first, last = rows.alignment.first[..., None], rows.alignment.last[..., None]
         hidden = hidden | (columns.first < first) | (columns.first + columns.width > last)
     keys, values, counts = field.side_by_side()
-    return list_summaries(keys, values, columns, hidden, rows.rank, call, counts)
+    return list_sinks(list_summaries(keys, values, columns, hidden, rows.rank, call, counts), sinks)
+
+
+def list_sinks(listed: Listed, sinks: Sinks | None) -> Listed:
+    """With the sinks in columns behind those of the summaries."""
+    if sinks is None:
+        return listed
+    lists, count = sinks.keys.shape[2:4]
+    keys, values = (torch.cat([x, y.flatten(2, 3).to(x.dtype)], 2) for x, y in ((listed.keys, sinks.keys), (listed.values, sinks.values)))
+    row = torch.arange(lists * count, device=keys.device).view(lists, count) + listed.keys.shape[2]
+    row = torch.cat([listed.row, row.expand(len(listed.row), -1)], 1)
+    bias = torch.zeros_like(sinks.hidden, dtype=keys.dtype).masked_fill(sinks.hidden, -torch.inf)[:, None, :, None]
+    shape = [max(sizes) for sizes in zip(listed.bias.shape[:-1], bias.shape[:-1])]
+    return Listed(keys, values, row, torch.cat([listed.bias.expand(*shape, -1), bias.expand(*shape, -1)], -1))
 
 
 def list_summaries(keys, values, columns: FarColumns, hidden: torch.Tensor, rank: int, call: Call, counts=None) -> Listed:
@@ -284,11 +378,13 @@ def attend_blocks(q, k, v, listed: Listed, document, block_size: int, call: Call
     return from_blocks(block_attention(*_blocks(q, k, v, listed, document, block_size, call)), k.shape[:2], block_size)
 
 
-def attend_segments(q, k, v, far_mean, far_total, document, block_size: int, call: Call, kernels: bool) -> torch.Tensor:
+def attend_segments(q, k, v, far: tuple, sinks: Sinks | None, document, block_size: int, call: Call, kernels: bool) -> torch.Tensor:
     """The operator of the O(n) form: ``(batch, heads, slots, value_dim)``.
 
-    far_mean: ``(batch, heads, segments, value_dim)``, far_total: ``(batch, heads, segments)``: the far field of the segments of the blocks.
+    far: the far field of the segments of the blocks, means ``(batch, heads, segments, value_dim)`` and log-sum-exps ``(batch, heads,
+    segments)``.
     """
+    far_mean, far_total = far
     kv_heads = k.shape[1]
     segments = far_total.shape[2] // (q.shape[2] // block_size)
     if kernels:
@@ -296,7 +392,7 @@ def attend_segments(q, k, v, far_mean, far_total, document, block_size: int, cal
         no_keys, no_values = (x.new_zeros(*k.shape[:2], 0, x.shape[-1], dtype=far_mean.dtype) for x in (k, v))
         document = None if document is None else document.flatten(1)
         near = Listing([], [], block_size, segments, 0)
-        out, total = run_kernels(q, k, v, no_keys, no_values, near, call._replace(far_bias=None), document=document)
+        out, total = run_kernels(q, k, v, no_keys, no_values, near, call._replace(far_bias=None), document=document, sinks=sinks)
         far = (x.repeat_interleave(block_size // segments, 2) for x in (far_mean, far_total))
         return merge((out.to(far_mean.dtype), total.to(far_mean.dtype)), tuple(far))[0].to(q.dtype)
     given = Segments(
@@ -305,16 +401,27 @@ def attend_segments(q, k, v, far_mean, far_total, document, block_size: int, cal
         _to_blocks(v, kv_heads, block_size),
         _to_blocks(far_mean, kv_heads, segments),
         _to_blocks(far_total[..., None], kv_heads, segments).squeeze(2),
+        *_sinks_of_blocks(k, v, sinks, block_size),
         *_on_blocks(k, document, block_size, call),
     )
     return from_blocks(segment_attention(*given), k.shape[:2], block_size)
 
 
-def run_kernels(q, k, v, far_k, far_v, listing: Listing, call: Call, log_counts=None, document=None, stretch=(None, None)):
+def _sinks_of_blocks(k, v, sinks: Sinks | None, block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values ``(blocks of all rows, sinks, dim)`` and what is added to their logits ``(blocks, sinks)``."""
+    grid = *k.shape[:2], k.shape[2] // block_size
+    if sinks is None:
+        return tuple(x.new_zeros(math.prod(grid), 0, *x.shape[3:]) for x in (k, v)) + (k.new_zeros(math.prod(grid), 0),)
+    keys, values = (x.expand(*grid, *x.shape[3:]).flatten(0, 2) for x in (sinks.keys, sinks.values))
+    bias = torch.zeros_like(sinks.hidden, dtype=torch.promote_types(k.dtype, torch.float32)).masked_fill(sinks.hidden, -torch.inf)
+    return keys, values, bias[:, None].expand(*grid, -1).flatten(0, 2)
+
+
+def run_kernels(q, k, v, far_k, far_v, listing: Listing, call: Call, log_counts=None, document=None, stretch=(None, None), sinks=None):
     """The GPU kernels on whole blocks: their output, and the log-sum-exp of the logits ``(batch, heads, slots)`` float32.
 
     far_k, far_v: ``(batch, kv_heads, summaries, dim)``; log_counts: ``(batch or 1, kv_heads or 1, summaries)``; document: ``(batch or 1,
-    slots)``; stretch: first and last slot of the document of each block ``(batch, blocks)``.
+    slots)``; stretch: first and last slot of the document of each block ``(batch, blocks)``; sinks: :class:`Sinks` or None.
     """
     from .multipole_triton import KernelBlocks, attention
 
@@ -387,6 +494,8 @@ def multipole_attention(
     size_weighting: bool = True,
     far_bias: torch.Tensor | None = None,
     max_levels: int | None = None,
+    sink_tokens: int = 0,
+    log_masses: torch.Tensor | None = None,
     softcap: float | None = None,
     downsample_queries: bool = False,
     scale: float | None = None,
@@ -417,6 +526,10 @@ def multipole_attention(
         far_bias: ``(heads, levels)``, added to the logits of the summaries; the last column serves all further levels.
         max_levels: levels of groups at most: what is farther away than the last of them reaches takes no part. 0 leaves the near field;
             None is all levels, a global receptive field.
+        sink_tokens: the first real tokens of each row or document, which every later query (bidirectional: every query) sees exactly, and
+            which are in no summary. With as many as the row has tokens this is exact attention.
+        log_masses: ``(batch, kv_heads, n)``, logarithms of what tokens weigh in summaries, which become weighted means, of keys and of
+            values; log(c) becomes the logarithm of the mass. None for 0 everywhere: the same.
         softcap: logits become ``softcap * tanh(logits / softcap)``, before size weighting and bias.
         downsample_queries: O(n): at the far levels, tokens share the query of their segment, of which a group has ``rank``: the segment's
             summary, or, causal, the query of its first token, which all of them know. Needs the queries of all tokens.
@@ -433,9 +546,12 @@ def multipole_attention(
     Raises:
         ValueError, TypeError: an argument is of the wrong kind, shape, dtype or device, or not supported.
     """
-    options = MultipoleOptions(block_size=block_size, rank=rank, size_weighting=size_weighting, downsample_queries=downsample_queries)
-    call = Call(options, key_summary, value_summary, query_summary, far_bias, max_levels, causal, softcap, scale, dropout_p, backend)
-    check_tensors(q, k, v, far_keys, attention_mask, segment_ids)
+    options = MultipoleOptions(
+        block_size=block_size, rank=rank, size_weighting=size_weighting, sink_tokens=sink_tokens, downsample_queries=downsample_queries
+    )
+    summaries = key_summary, value_summary, query_summary
+    call = Call(options, *summaries, log_masses, far_bias, max_levels, causal, softcap, scale, dropout_p, backend)
+    check_tensors(q, k, v, far_keys, attention_mask, segment_ids, log_masses)
     check_logits(scale, softcap, dropout_p)
     _check_call(call, q, k, v)
     attention_mask = None if attention_mask is None else real_tokens(attention_mask)

@@ -86,7 +86,7 @@ class BlockWork:
         self.block_size = k.shape[1]
         self.offsets = near_offsets(given.row_blocks, given.causal)
         self.near = len(self.offsets) * self.block_size
-        self.columns = self.near + given.far_index.shape[1]
+        self.columns = self.drawn = self.near + given.far_index.shape[1]  # those of logits, and of dropout
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.step = min(self.blocks, _blocks_at_once(self.rows, self.columns, q.device))
         self.future = None
@@ -182,7 +182,7 @@ class BlockWork:
         if self.dropout_p == 0:
             return None
         generator = torch.Generator(self.q.device).manual_seed(int(self.seed) + start)
-        return dropout_factors((stop - start, self.rows, self.columns), self.dropout_p, generator, start).to(self.dtype)
+        return dropout_factors((stop - start, self.rows, self.drawn), self.dropout_p, generator, start).to(self.dtype)
 
     def product(self, weights, values, start, stop, out) -> torch.Tensor:
         if self.finite:

@@ -119,6 +119,21 @@ class MultipoleOptions(_Options):
         own=-10.0,
         convert=0.0,
     )
+    sink_tokens: int = _option(
+        0,
+        "the first tokens of each row or document, which every later query sees exactly, and which are in no summary: pretrained models "
+        "need them",
+        lambda x: _is_integer(x, 0),
+        "an integer of at least 0",
+        stock=4,
+    )
+    saliency: bool = _option(
+        False,
+        "tokens have learned masses, a head: what their summaries keep of them. They start at 1, which changes nothing",
+        _is_flag,
+        "true or false",
+        uses=("own", "stock", "convert"),
+    )
     rotate_summaries: bool = _option(
         False,
         "keys are summarised before the rotary embedding, and each summary is rotated at its segment's centre. Otherwise the rotated keys "
@@ -152,7 +167,7 @@ class MultipoleOptions(_Options):
     @property
     def is_learned(self) -> bool:
         """Whether they ask for parts that a layer learns."""
-        return self.summary != "mean" or self.far_bias_init is not None
+        return self.summary != "mean" or self.far_bias_init is not None or self.saliency
 
 
 @dataclass(frozen=True)

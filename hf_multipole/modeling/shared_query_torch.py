@@ -140,7 +140,7 @@ def far_results(queries: list[torch.Tensor], field: Field, alignment: Alignment 
     return tuple(x[:, :, : keys[0].shape[2] * rank] for x in merged)
 
 
-# Columns behind the near ones, of which the first is used: with whole vectors of them, the softmax is a third faster than with one.
+# Columns behind the near ones, of which the first are used: with whole vectors of them, the softmax is a third faster than with one.
 _MORE = 16
 
 
@@ -154,6 +154,9 @@ class Segments(NamedTuple):
     v: torch.Tensor
     far_mean: torch.Tensor  # (blocks, segments of a block's rows, value_dim), in the compute dtype
     far_total: torch.Tensor  # (blocks, segments): log-sum-exp of the far logits
+    sink_k: torch.Tensor  # (blocks, sinks, dim): tokens that a block sees besides
+    sink_v: torch.Tensor  # (blocks, sinks, value_dim)
+    sink_bias: torch.Tensor  # (blocks, sinks): added to their logits, -inf where they are hidden; without a gradient
     document: torch.Tensor | None
     causal: bool
     row_blocks: int
@@ -164,22 +167,27 @@ class Segments(NamedTuple):
 
 
 class _SegmentWork(BlockWork):
-    """As its base, with the far field of each segment as one column more behind the near ones."""
+    """As its base, with the far field of each segment as one column more behind the near ones, and the sinks behind that."""
 
     def __init__(self, given: Segments):
         none, no_columns = given.far_mean.new_zeros(0, 1), given.far_total.new_zeros(len(given.far_total), 0)
         own = given._asdict() | {"k": given.k.contiguous(), "v": given.v.contiguous()}
-        self.far_mean, self.far_total = own.pop("far_mean"), own.pop("far_total")
+        for name in ("far_mean", "far_total", "sink_k", "sink_v", "sink_bias"):
+            setattr(self, name, own.pop(name))
         super().__init__(Blocks(far_k=none, far_v=none, far_index=no_columns.long(), far_bias=no_columns, **own))
-        self.all = self.near + _MORE
+        self.sinks = slice(self.near + 1, self.near + 1 + self.sink_k.shape[1])
+        self.more = -(-(1 + self.sink_k.shape[1]) // _MORE) * _MORE
+        self.all = self.near + self.more
+        self.drawn = self.near + self.sink_k.shape[1]
+        self.finite = self.finite and bool(torch.isfinite(self.sink_k.sum() + self.sink_v.sum()))
 
     def window(self, x, start, stop) -> torch.Tensor:
         """The near tokens of each block, and some more: ``(blocks, all, dim)``; where x allows it, a view."""
         low, high, size = start + self.offsets[0], stop + self.offsets[-1], self.block_size
-        if x.dtype == self.dtype and low >= 0 and high * size + _MORE <= self.blocks * size:
+        if x.dtype == self.dtype and low >= 0 and high * size + self.more <= self.blocks * size:
             tokens = x[low:].flatten(0, 1)
         else:
-            tokens = x.new_zeros((high - low) * size + _MORE, x.shape[-1], dtype=self.dtype)
+            tokens = x.new_zeros((high - low) * size + self.more, x.shape[-1], dtype=self.dtype)
             there = x[max(low, 0) : min(high, self.blocks)].flatten(0, 1)
             tokens[(max(low, 0) - low) * size :][: len(there)] = there
         return tokens.as_strided((stop - start, self.all, x.shape[-1]), (size * x.shape[-1], x.shape[-1], 1))
@@ -193,13 +201,26 @@ class _SegmentWork(BlockWork):
         logits = self.products(q, keys, out, capped)
         self.mask(logits[..., : self.near].unflatten(1, (-1, self.block_size)), start, stop)
         # In place of the products with the tokens behind.
-        logits[..., self.near + 1 :] = -torch.inf
+        logits[..., self.sinks.stop :] = -torch.inf
+        if self.sink_k.shape[1]:
+            part, bias = logits[..., self.sinks], self.sink_bias[start:stop, None]
+            part.copy_(torch.bmm(q, self.of_sinks(self.sink_k, start, stop).transpose(1, 2)).mul_(self.scale))
+            if self.softcap is not None:
+                part.div_(self.softcap).tanh_()
+                if capped is not None:
+                    capped[: len(q), :, self.sinks].copy_(part)
+                part.mul_(self.softcap)
+            part.add_(bias)
         self.by_segment(logits)[..., self.near] = self.far_total[start:stop, :, None]
         return torch.softmax(logits, -1, out=logits)
 
+    def of_sinks(self, x, start, stop) -> torch.Tensor:
+        """Their keys, or values, in the compute dtype; zeros in place of what is hidden, which may be anything."""
+        return x[start:stop].to(self.dtype).masked_fill(self.sink_bias[start:stop, :, None] == -torch.inf, 0)
+
 
 # What gradients are for.
-_DIFFERENTIABLE = ("q", "k", "v", "far_mean", "far_total")
+_DIFFERENTIABLE = ("q", "k", "v", "far_mean", "far_total", "sink_k", "sink_v")
 
 
 def _forward(given: Segments) -> torch.Tensor:
@@ -211,11 +232,15 @@ def _forward(given: Segments) -> torch.Tensor:
             weights = work.weights(q[start:stop].to(work.dtype), work.window(work.k, start, stop), start, stop, logits)
             near, far = weights[..., : work.near], work.by_segment(weights[..., work.near, None])
             factors = work.dropout(start, stop)
+            dropped = weights[..., work.sinks]
             if factors is not None:
-                near = near.mul_(factors)
+                near = near.mul_(factors[..., : work.near])
+                dropped = dropped * factors[..., work.near :]
             part = out[start:stop] if out.dtype == work.dtype else result[: stop - start]
             part = work.product(near, work.window(work.v, start, stop)[:, : work.near], start, stop, part)
             work.by_segment(part).addcmul_(far, far_mean[start:stop, :, None])
+            if work.sink_k.shape[1]:
+                part.baddbmm_(dropped, work.of_sinks(given.sink_v, start, stop))
             if out.dtype != work.dtype:
                 out[start:stop] = part
     return out
@@ -223,8 +248,8 @@ def _forward(given: Segments) -> torch.Tensor:
 
 def _backward(given: Segments, grads, _) -> tuple[torch.Tensor, ...]:
     work, (grad,) = _SegmentWork(given), grads
-    q, k, v, far_mean, far_total = (getattr(given, name) for name in _DIFFERENTIABLE)
-    grad_q, grad_mean, grad_total = (torch.empty_like(x) for x in (q, far_mean, far_total))
+    q, k, v, far_mean, far_total, sink_k, sink_v = (getattr(given, name) for name in _DIFFERENTIABLE)
+    grad_q, grad_mean, grad_total, grad_sink_k, grad_sink_v = (torch.empty_like(x) for x in (q, far_mean, far_total, sink_k, sink_v))
     # Contributions of neighbouring blocks meet in one token: accumulate them in the compute dtype.
     grad_k, grad_v = (torch.zeros_like(x, dtype=work.dtype, memory_format=torch.contiguous_format) for x in (k, v))
     weighting = (work.rows, work.all)
@@ -240,6 +265,8 @@ def _backward(given: Segments, grads, _) -> tuple[torch.Tensor, ...]:
             far, by_segment = work.by_segment(weights[..., work.near, None]), work.by_segment(upper)
             slope = torch.bmm(upper, values.transpose(1, 2), out=inner[:size])
             slope[..., work.near + 1 :] = 0
+            sinks, of_sinks = slope[..., work.sinks], weights[..., work.sinks]
+            sinks.copy_(torch.bmm(upper, work.of_sinks(sink_v, start, stop).transpose(1, 2)))
             # Sums of products: a batch of products of vectors takes several times as long.
             product = work.by_segment(of_values[:size])
             torch.mul(by_segment, far_mean[start:stop, :, None], out=product)
@@ -249,8 +276,10 @@ def _backward(given: Segments, grads, _) -> tuple[torch.Tensor, ...]:
             dropped = weights[..., : work.near]
             factors = work.dropout(start, stop)
             if factors is not None:
-                slope[..., : work.near].mul_(factors)
-                dropped = dropped * factors
+                slope[..., : work.near].mul_(factors[..., : work.near])
+                sinks.mul_(factors[..., work.near :])
+                dropped, of_sinks = dropped * factors[..., : work.near], of_sinks * factors[..., work.near :]
+            grad_sink_v[start:stop] = torch.bmm(of_sinks.transpose(1, 2), upper)
             for columns, own, others in work.neighbours(start, stop):
                 grad_v[others].baddbmm_(dropped[own, :, columns].transpose(1, 2), upper[own])
             # The softmax's gradient: weights * (slope - sum(weights * slope)).
@@ -259,10 +288,12 @@ def _backward(given: Segments, grads, _) -> tuple[torch.Tensor, ...]:
             if work.softcap is not None:
                 slope.mul_(1 - capped[:size].square())
             slope, out = slope[..., : work.near], result[:size]
-            grad_q[start:stop] = torch.baddbmm(out, slope, keys[:, : work.near], beta=0, alpha=work.scale, out=out)
+            torch.baddbmm(out, slope, keys[:, : work.near], beta=0, alpha=work.scale, out=out)
+            grad_q[start:stop] = out.baddbmm_(sinks, work.of_sinks(sink_k, start, stop), alpha=work.scale)
+            grad_sink_k[start:stop] = torch.bmm(sinks.transpose(1, 2), queries).mul_(work.scale)
             for columns, own, others in work.neighbours(start, stop):
                 grad_k[others].baddbmm_(slope[own, :, columns].transpose(1, 2), queries[own], alpha=work.scale)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_mean, grad_total
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_mean, grad_total, grad_sink_k, grad_sink_v
 
 
 def _empty(given: Segments) -> torch.Tensor:

@@ -41,6 +41,8 @@ class Case:
     max_levels: int | None = None
     softcap: float | None = None
     far_keys: bool = False
+    sinks: int = 0
+    saliency: bool = False  # tokens have masses of their own
     downsample: bool = False  # the O(n) form; with learned summaries of the queries where it is bidirectional and others are learned
     padding: tuple[tuple[int, int], ...] | None = None  # left and right of each row
     cuts: tuple[int, ...] | None = None  # first tokens of the documents of packed rows, beside 0
@@ -60,7 +62,9 @@ class Call:
     layout: str = "contiguous"
 
     def __call__(self, attention) -> torch.Tensor:
-        tensors = {name: lay_out(self.leaves[name], self.layout) for name in ("q", "k", "v", "far_keys") if name in self.leaves}
+        tensors = {
+            name: lay_out(self.leaves[name], self.layout) for name in ("q", "k", "v", "far_keys", "log_masses") if name in self.leaves
+        }
         if "far_bias" in self.leaves:
             tensors["far_bias"] = self.leaves["far_bias"]
         return attention(**tensors, **self.options)
@@ -89,7 +93,7 @@ class Call:
             # Groups of the last level are seen beside the own pair of them.
             place = (visible & torch.ones(n, n, dtype=torch.bool).tril(-1)).sum(-1)
             pair = place // (self.options["block_size"] << self.options["max_levels"])
-            visible &= (pair[:, :, None] - pair[:, None]).abs() <= 1
+            visible &= ((pair[:, :, None] - pair[:, None]).abs() <= 1) | (place < self.options["sink_tokens"])[:, None]
         if self.options["causal"]:
             visible &= torch.ones(n, n, dtype=torch.bool).tril()
         return visible[:, n - queries :]
@@ -124,6 +128,8 @@ def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | No
     upstream = leaf(normal(case.batch, heads, queries, case.value_dim)).detach()
     if case.far_keys:
         leaves["far_keys"] = leaf(normal(case.batch, case.kv_heads, case.n, case.dim))
+    if case.saliency:
+        leaves["log_masses"] = leaf(normal(case.batch, case.kv_heads, case.n))
     if case.bias_levels:
         leaves["far_bias"] = leaf(normal(heads, case.bias_levels))
     mask, segments = mask_of(case), segments_of(case)
@@ -134,6 +140,7 @@ def make(case: Case, dtype: torch.dtype | None = None, rounded: torch.dtype | No
         size_weighting=case.size_weighting,
         max_levels=case.max_levels,
         softcap=case.softcap,
+        sink_tokens=case.sinks,
         downsample_queries=case.downsample,
         attention_mask=None if mask is None else mask.to(device),
         segment_ids=None if segments is None else segments.to(device),
@@ -181,6 +188,8 @@ def cases(draw, dtypes=(torch.float64,), n=st.integers(1, 40), summaries=("mean"
         max_levels=draw(st.sampled_from([None, None, 0, 1, 2])),
         softcap=draw(st.sampled_from([None, None, 1.5])),
         far_keys=draw(st.booleans()),
+        sinks=draw(st.sampled_from([0, 0, 1, 3, 9, 60])),
+        saliency=draw(st.booleans()),
         padding=padding,
         cuts=cuts,
         dtype=draw(st.sampled_from(dtypes)),
