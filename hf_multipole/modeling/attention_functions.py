@@ -61,7 +61,9 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
         raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    return layer.attend(q, k, v, mask.new_tokens, _call(module, q, mask.length, softcap, scale, downsample_queries), rotary)
+    # Where summaries are rotated, the keys without positions come behind the others.
+    plain = k if rotary is None else k.chunk(2, -1)[1]
+    return layer.attend(q, k, v, mask.new_tokens, _call(module, q, plain, mask.length, softcap, scale, downsample_queries), rotary)
 
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::attend_state", mutates_args=("layer",))
@@ -109,8 +111,10 @@ def _(layer):
     return torch.empty((), dtype=torch.long)
 
 
-def _call(module, query, length: int, softcap, scale, downsample_queries: bool) -> Call:
-    """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks: without dropout, and causal."""
+def _call(module, query, keys, length: int, softcap, scale, downsample_queries: bool) -> Call:
+    """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks: without dropout, and causal. keys: those
+    that are summarised.
+    """
     options = multipole_options(module.config, downsample_queries)
     far_field = getattr(module, "far_field", None)
     if far_field is None and options.is_learned:
@@ -129,12 +133,14 @@ def _call(module, query, length: int, softcap, scale, downsample_queries: bool) 
             f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
             "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
         )
+    far_bias, log_masses = (None, None) if far_field is None else far_field(keys)
     return Call(
         options,
         key_summary=getattr(far_field, "key_summary", None),
         value_summary=getattr(far_field, "value_summary", None),
         query_summary=getattr(far_field, "query_summary", None),
-        far_bias=None if far_field is None else far_field(),
+        log_masses=log_masses,
+        far_bias=far_bias,
         max_levels=max_levels,
         softcap=softcap,
         scale=scale,
@@ -268,7 +274,8 @@ def _on_rows(module, query, key, value, mask: MultipoleMask, asked: _Asked) -> t
     longest = mask.length if alignment is None else min(mask.length, alignment.index.shape[1])
     if asked.downsample_queries and query.shape[2] < key.shape[2]:
         _refuse_thrown_caches(module.config)
-    call = _call(module, query, longest, asked.softcap, asked.scaling, asked.downsample_queries)
+    keys = key if asked.far_keys is None else asked.far_keys
+    call = _call(module, query, keys, longest, asked.softcap, asked.scaling, asked.downsample_queries)
     call = call._replace(causal=mask.causal, dropout_p=asked.dropout, key_summary=asked.key_summary or call.key_summary)
     out, weights = aligned_attention(query, key, value, alignment, call, asked.far_keys, asked.output_attentions)
     if torch.is_grad_enabled() and far_field is not None:

@@ -32,6 +32,9 @@ AUTO_MAP = {
 }
 _OWN = {cls: tuple(fields_of("own", cls)) for cls in (MultipoleOptions, TensorOptions)}
 _STOCK = tuple(fields_of("stock"))
+_STOCK_MULTIPOLE = tuple(fields_of("stock", MultipoleOptions))
+# What models do that were saved before there were these options.
+_WITHOUT_SINKS = {"sink_tokens": 0, "saliency": False}
 _TENSOR = tuple(fields_of("stock", TensorOptions))
 # Options that were found good, by the text of what they were made from: they are checked once, and what a user changes in a
 # configuration counts from then on.
@@ -83,6 +86,9 @@ def _stock_options(stated: dict, num_layers: int, downsample_queries: bool | Non
         wrong = [x for x in layers if isinstance(x, bool) or x not in numbers] if isinstance(layers, list | tuple) else [layers]
         if wrong or not layers:
             raise ValueError(f"layers is {layers!r}, but must be a list of layer numbers from 0 to {numbers[-1]}, or None for all")
+    if set(_STOCK_MULTIPOLE) - set(stated) == set(_WITHOUT_SINKS):
+        # What a conversion has written, which states all options, of a version that had no others.
+        stated = stated | _WITHOUT_SINKS
     options = MultipoleOptions.of(stated)
     if options.is_learned and any(name in _TENSOR for name in stated):
         raise ValueError(
@@ -203,6 +209,11 @@ class MultipoleConfig(PreTrainedConfig, _AttentionFields):
         if self.layer_types is None:
             self.layer_types = ["multipole_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The configuration that was saved as a dict, in which all options are stated that there were."""
+        return super().from_dict(_WITHOUT_SINKS | config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Saves the code of the models, too, which is entered in ``auto_map``, so that what is saved loads without this package

@@ -27,6 +27,20 @@ def trained_levels(max_length: int | None, block_size: int) -> int | None:
     return None if max_length is None else level_count(max_length, block_size)
 
 
+# Logarithms of masses lie between its negative and itself: no token has all the weight, whatever is learned.
+_BOUND = 8.0
+
+
+def log_masses(keys: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
+    """Logarithms of what tokens weigh in summaries, ``(batch, kv_heads, n)`` in the compute dtype, between -8 and 8.
+
+    keys: ``(batch, kv_heads, n, head_dim)``; saliency: ``(kv_heads, head_dim)``, learned; zeros make all masses 1.
+    """
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    scores = (keys @ saliency.to(keys.dtype)[:, :, None]).squeeze(-1)
+    return _BOUND * torch.tanh(scores.to(wide) / _BOUND)
+
+
 class FarField(LearnedPart):
     """The learned parts of a layer, the attribute ``far_field`` of its attention module.
 
@@ -54,6 +68,7 @@ class FarField(LearnedPart):
         self.far_bias = None
         if self.far_bias_init is not None:
             self.far_bias = nn.Parameter(torch.empty(heads, max(1, level_count(max_length or 1, block_size))))
+        self.saliency = nn.Parameter(torch.empty(kv_heads, head_dim)) if options.saliency else None
         self.reset_parameters()
 
     @property
@@ -68,10 +83,14 @@ class FarField(LearnedPart):
                 init.copy_(weight, summary.start(weight))
         if self.far_bias is not None:
             init.constant_(self.far_bias, self.far_bias_init)
+        if self.saliency is not None:
+            init.zeros_(self.saliency)
 
-    def forward(self) -> torch.Tensor | None:
-        """The bias of the far logits ``(heads, levels)``, or None. By a call, for that is when offloaded parameters are fetched."""
-        return self.far_bias
+    def forward(self, keys: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The bias of the far logits ``(heads, levels)``, and logarithms of the masses of tokens ``(batch, kv_heads, n)``, of their keys
+        ``(batch, kv_heads, n, head_dim)``; or None. By a call, for that is when offloaded parameters are fetched.
+        """
+        return self.far_bias, None if self.saliency is None else log_masses(keys, self.saliency)
 
     @property
     def max_levels(self) -> int | None:
@@ -94,7 +113,7 @@ class FarField(LearnedPart):
         training then have gradients for all parameters, whatever the lengths of their rows.
         """
         levels = level_count(length, self.block_size, self.max_levels)
-        used = [self.far_bias] if levels else []
+        used = [self.far_bias, self.saliency] if levels else []
         for summary in self.summaries:
             if isinstance(summary, DirectSummary):
                 used += summary.levels[:levels]

@@ -143,7 +143,7 @@ def lay_out(n: int, queries: int, alignment: Alignment | None, call: Call) -> Ro
     slots = -(-n // block_size) * block_size if alignment is None else alignment.index.shape[1]
     # A document has no more levels than a row of n tokens, though a packed grid is longer.
     levels = min(level_count(n, block_size, call.max_levels), level_count(slots, block_size))
-    sinks = min(call.options.sink_tokens, n) if slots > 2 * block_size else 0
+    sinks = min(call.options.sinks(call.causal), n) if slots > 2 * block_size else 0
     return Rows(alignment, n, queries, block_size, rank, first, slots, levels, call.causal, sinks)
 
 

@@ -119,13 +119,14 @@ class MultipoleOptions(_Options):
         own=-10.0,
         convert=0.0,
     )
-    sink_tokens: int = _option(
-        0,
-        "the first tokens of each row or document, which every later query sees exactly, and which are in no summary: pretrained models "
-        "need them",
-        lambda x: _is_integer(x, 0),
-        "an integer of at least 0",
-        stock=4,
+    sink_tokens: int | None = _option(
+        None,
+        "first tokens of each row or document that every later query sees exactly, and that are in no summary: pretrained decoders need "
+        "them. None for 4 in causal models, and 0 in others",
+        lambda x: x is None or _is_integer(x, 0),
+        "an integer of at least 0, or None",
+        own=0,
+        operator=0,
     )
     saliency: bool = _option(
         False,
@@ -163,6 +164,10 @@ class MultipoleOptions(_Options):
         size, rank = self.block_size, self.rank
         if size % rank:
             raise ValueError(f"rank {rank} does not divide block_size {size}: each summary starts as the mean of block_size / rank tokens")
+
+    def sinks(self, causal: bool) -> int:
+        """Number of sink tokens."""
+        return (4 if causal else 0) if self.sink_tokens is None else self.sink_tokens
 
     @property
     def is_learned(self) -> bool:

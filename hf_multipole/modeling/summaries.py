@@ -282,7 +282,7 @@ class MeanSummary(nn.Module):
         return 1, 1
 
     def _even(self, masses: torch.Tensor, levels: int, kernels: bool) -> list[torch.Tensor]:
-        """Masses ``(batch, heads or 1, n)`` of tokens, summed by shares of all channels together: ``(batch, heads, groups, rank)`` a level."""
+        """Masses of tokens ``(batch, heads or 1, n)``, summed by shares of all channels: ``(batch, heads, groups, rank)`` a level."""
         heads = max(masses.shape[1], self._mass_shape(1)[0])
         found = self._maps(masses.expand(-1, heads, -1)[..., None], levels, _even_share, kernels)[1]
         return [x.squeeze(-1) for x in found]

@@ -62,9 +62,8 @@ class Call:
     layout: str = "contiguous"
 
     def __call__(self, attention) -> torch.Tensor:
-        tensors = {
-            name: lay_out(self.leaves[name], self.layout) for name in ("q", "k", "v", "far_keys", "log_masses") if name in self.leaves
-        }
+        names = "q", "k", "v", "far_keys", "log_masses"
+        tensors = {name: lay_out(self.leaves[name], self.layout) for name in names if name in self.leaves}
         if "far_bias" in self.leaves:
             tensors["far_bias"] = self.leaves["far_bias"]
         return attention(**tensors, **self.options)

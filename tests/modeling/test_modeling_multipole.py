@@ -76,7 +76,7 @@ def reference_of(call, causal=True, **options):
         far_keys=kwargs.get("far_keys"),
         causal=causal,
         size_weighting=config.size_weighting,
-        far_bias=module.far_field(),
+        far_bias=module.far_field.far_bias,
         max_levels=module.far_field.max_levels,
         return_weights=True,
         **options,
@@ -400,4 +400,4 @@ def test_rows_longer_than_those_of_training(spy, far_bias_init):
 def test_a_far_bias_that_serves_all_further_levels():
     """Where no length is known, all levels are trained."""
     far_field = FarField(MultipoleOptions(BLOCK, RANK, far_bias_init=-1.0), 4, 2, 8, None)
-    assert far_field.max_levels is None and far_field().shape == (4, 1)
+    assert far_field.max_levels is None and far_field.far_bias.shape == (4, 1)

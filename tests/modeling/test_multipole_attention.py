@@ -129,9 +129,11 @@ def aligned(call):
     """Output and weights of the case, by aligned_attention."""
     mask, ids = call.options["attention_mask"], call.options["segment_ids"]
     alignment = None if mask is None and ids is None else align_rows(mask, ids, call.options["block_size"])
-    sizes = {name: call.options[name] for name in ("block_size", "rank", "size_weighting", "downsample_queries") if name in call.options}
+    names = "block_size", "rank", "size_weighting", "sink_tokens", "downsample_queries"
+    sizes = {name: call.options[name] for name in names if name in call.options}
     rest = {name: value for name, value in call.options.items() if name not in ("attention_mask", "segment_ids", *sizes)}
-    settings = Call(MultipoleOptions(**sizes), far_bias=call.leaves.get("far_bias"), **rest)
+    learned = {name: call.leaves.get(name) for name in ("far_bias", "log_masses")}
+    settings = Call(MultipoleOptions(**sizes), **learned, **rest)
     tensors = (call.leaves.get(name) for name in ("q", "k", "v"))
     return module.aligned_attention(*tensors, alignment, settings, call.leaves.get("far_keys"), return_weights=True)
 
@@ -139,7 +141,8 @@ def aligned(call):
 @pytest.mark.parametrize("queries", [None, 1, 10])
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_weights_are_those_of_the_reference(causal, queries):
-    for case in (replace(FULL, causal=causal, queries=queries), Case(n=7, queries=queries and 3, causal=causal)):
+    full = replace(FULL, causal=causal, queries=queries)
+    for case in (full, replace(full, sinks=3, saliency=True), Case(n=7, queries=queries and 3, causal=causal, sinks=1)):
         call = make(case)
         out, weights = aligned(call)
         expected_out, expected = call(lambda *x, **options: multipole_attention_reference(*x, **options, return_weights=True))

@@ -28,6 +28,8 @@ VALUES = {
     "summary": ("direct", "median"),
     "size_weighting": (False, 1),
     "far_bias_init": (-3.5, float("nan")),
+    "sink_tokens": (3, -1),
+    "saliency": (True, 1),
     "rotate_summaries": (True, "no"),
     "downsample_queries": (True, None),
     "layers": ((1,), (-1,)),

@@ -70,9 +70,9 @@ def test_learned_summaries_start_exactly_at_the_mean(kind, dtype):
     summary = build(kind, random=False, dtype=dtype)
     levels = level_count(LENGTH, BLOCK_SIZE)
     for level in range(1, levels + 1):
-        linear, share = effective_weights(summary, 1, level, BLOCK_SIZE, RANK)
+        linear, share, even = effective_weights(summary, 1, level, BLOCK_SIZE, RANK)
         mean = segment_means(RANK, BLOCK_SIZE << level - 1).expand_as(linear)
-        assert torch.equal(linear, mean) and torch.equal(share, mean)
+        assert torch.equal(linear, mean) and torch.equal(share, mean) and torch.equal(even, mean[..., 0])
     # Integers are summed without rounding, and the widths are powers of two: equal to the last bit.
     x = torch.randint(-9, 9, (2, HEADS, LENGTH, DIM)).to(dtype)
     validity = torch.arange(LENGTH)[None] < LENGTH - 16
@@ -183,7 +183,7 @@ def test_depthwise_map_is_the_einsum(batch, heads, groups, width, rank, dim):
     summary = one_map(width, rank, heads, dim)
     grouped, weight = x.unflatten(2, (groups, width)), summary.levels[0]
     expected = torch.einsum("hrtc,bhgtc->bhgrc", weight, grouped)
-    torch.testing.assert_close(depthwise_map(grouped, weight), expected)
+    torch.testing.assert_close(depthwise_map(grouped, weight, None), expected)
     ours = summary(x, None, 1)[0]
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
@@ -210,5 +210,7 @@ def test_gradcheck(kind):
 def test_operators_are_registered():
     """Schema and fake tensors, as torch.compile relies on them."""
     x, weight = tokens(16).unflatten(2, (4, 4)), torch.randn(HEADS, RANK, 4, DIM, dtype=torch.float64)
-    for arguments in ((x, weight), (x.transpose(3, 4).contiguous().transpose(3, 4), weight), (x.bfloat16(), weight.float())):
+    masses = torch.rand(x.shape[:-1], dtype=torch.float64)
+    strided = x.transpose(3, 4).contiguous().transpose(3, 4)
+    for arguments in ((x, weight, None), (x, weight, masses), (strided, weight, masses), (x.bfloat16(), weight.float(), None)):
         torch.library.opcheck(depthwise_map, arguments, test_utils=("test_schema", "test_faketensor"))
