@@ -63,8 +63,8 @@ class _RotatedSummary:
     def __init__(self, summary, centres: list[tuple[torch.Tensor, torch.Tensor]]):
         self.summary, self.centres = summary, centres
 
-    def __call__(self, tokens, validity, levels, everything, kernels=False):
-        tokens, summaries, counts = self.summary(tokens, validity, levels, everything, kernels=kernels)
+    def __call__(self, tokens, validity, levels, everything, kernels=False, token_masses=None):
+        tokens, summaries, counts = self.summary(tokens, validity, levels, everything, kernels=kernels, token_masses=token_masses)
         return tokens, [rotate(x, cos.to(x.dtype), sin.to(x.dtype)) for x, (cos, sin) in zip(summaries, self.centres)], counts
 
 

@@ -191,13 +191,17 @@ class _Picked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, slots):
         ctx.save_for_backward(slots)
-        return tokens.view_as(tokens), tokens.gather(2, _over_channels(slots, tokens))
+        return tokens.view_as(tokens), _picked(tokens, slots)[1]
 
     @staticmethod
     def backward(ctx, grad, picked):
         (slots,) = ctx.saved_tensors
         grad.scatter_add_(2, _over_channels(slots, grad), picked)
         return grad, None
+
+
+def _picked(tokens: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return tokens, tokens.gather(2, _over_channels(slots, tokens))
 
 
 def _over_channels(slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -210,8 +214,10 @@ def _find_sinks(k, v, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, Sinks | N
     if not rows.sinks:
         return k, v, None
     slots, hidden = rows.sink_slots(k.device)
-    k, keys = _Picked.apply(k, slots.flatten(1))
-    v, values = _Picked.apply(v, slots.flatten(1))
+    # Compiled code cannot complete a gradient in two places.
+    pick = _picked if torch.compiler.is_compiling() else _Picked.apply
+    k, keys = pick(k, slots.flatten(1))
+    v, values = pick(v, slots.flatten(1))
     return k, v, Sinks(*(x.unflatten(2, slots.shape[1:]) for x in (keys, values)), hidden)
 
 

@@ -128,7 +128,7 @@ def test_options(ids, tmp_path):
     """What is given goes before what the configuration had, and all of it is saved."""
     model = convert(build(DECODERS["llama"]), layers=[1], rank=4, size_weighting=False, far_bias_init=-3.0)
     expected = {"block_size": BLOCK, "rank": 4, "summary": "hierarchical", "size_weighting": False, "far_bias_init": -3.0, "layers": [1]}
-    expected |= {"downsample_queries": False}
+    expected |= {"downsample_queries": False, "sink_tokens": None, "saliency": False}
     assert model.config.multipole == expected
     assert [hasattr(layer.self_attn, "far_field") for layer in model.model.layers] == [False, True]
     assert (model.model.layers[1].self_attn.far_field.far_bias == -3).all()

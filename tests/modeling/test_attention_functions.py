@@ -305,7 +305,7 @@ def test_softcap_and_scale():
     q, k, v = (torch.randn(1, heads, N, 8, dtype=torch.float64) * 3 for heads in (4, 2, 2))
     mask = attention_functions.multipole_mask(batch_size=1, q_length=N, kv_length=N, config=module.config)
     out, weights = attention_functions.multipole_attention_forward(module, q, k, v, mask, scaling=0.7, softcap=2.0)
-    expected = multipole_attention_reference(q, k, v, block_size=BLOCK, rank=RANK, scale=0.7, softcap=2.0)
+    expected = multipole_attention_reference(q, k, v, block_size=BLOCK, rank=RANK, sink_tokens=4, scale=0.7, softcap=2.0)
     torch.testing.assert_close(out.transpose(1, 2), expected, **CLOSE)
     assert weights is None
 
