@@ -14,6 +14,8 @@ from hf_multipole.reference import multipole_attention_reference
 from tests.helpers.multipole_cases import Call, Case, make
 from tests.helpers.numerics import RoundedProducts, assert_within, compute_dtype
 
+OF_TOKENS = ("q", "k", "v", "far_keys", "log_masses")
+
 
 def error_bounds(case: Case, exact: dict[str, torch.Tensor], rounded_products: bool = False) -> dict[str, float]:
     """How far an implementation in the case's dtype may lie from ``exact``, the reference on unrounded float64 tensors.
@@ -90,7 +92,7 @@ def future_does_not_matter(attention, case: Case, device="cpu") -> None:
     case = replace(case, causal=True, queries=None)
     call = make(case, device=device)
     before = call(attention).detach()
-    names = [name for name in ("q", "k", "v", "far_keys") if name in call.leaves]
+    names = [name for name in OF_TOKENS if name in call.leaves]
     # The same sums in the same order; a careful masking may add a rounding.
     bound = 4 * torch.finfo(case.dtype).eps * max(1.0, before.abs().max().item())
     for t in sorted({0, case.n // 3, case.n - 2} & set(range(case.n - 1))):
@@ -126,6 +128,7 @@ def exact_when_short(attention, case: Case, device="cpu") -> None:
 def exact_when_keys_are_constant(attention, case: Case, device="cpu") -> None:
     """Keys constant within every summarised segment, means, size weighting, no far bias: softmax attention."""
     case = replace(case, summary="mean", size_weighting=True, bias_levels=0, softcap=None, far_keys=False, padding=None, cuts=None)
+    case = replace(case, saliency=False)
     call = make(case, device=device)
     widest = case.block_size // case.rank << max(0, level_count(case.n, case.block_size) - 1)
     with torch.no_grad():
@@ -133,6 +136,28 @@ def exact_when_keys_are_constant(attention, case: Case, device="cpu") -> None:
         k.copy_(k[:, :, torch.arange(case.n, device=k.device) // widest * widest])
     bound = 1e-10 if case.dtype == torch.float64 else _rounding(case, call)
     assert_within(call(attention), dense_attention(call), bound, "attention to piecewise constant keys", case)
+
+
+def as_many_sinks_as_tokens_are_exact_attention(attention, case: Case, device="cpu") -> None:
+    """Whatever the summaries would be, and more of them than there are tokens."""
+    for sinks in (case.n, 3 * case.n):
+        call = make(replace(case, sinks=sinks, softcap=None), device=device)
+        bound = 1e-10 if case.dtype == torch.float64 else _rounding(case, call)
+        assert_within(call(attention), dense_attention(call), bound, f"attention with {sinks} sinks", case)
+
+
+def masses_of_one_change_nothing(attention, case: Case, device="cpu") -> None:
+    """To the bit, in the output and in the gradients of tokens."""
+    without, ones = make(case, device=device), make(replace(case, saliency=True), device=device)
+    with torch.no_grad():
+        for name, x in without.leaves.items():
+            ones.leaves[name].copy_(x)
+        ones.leaves["log_masses"].zero_()
+    ones.upstream = without.upstream
+    assert torch.equal(without(attention), ones(attention)), case
+    actual, expected = (call.with_gradients(attention) for call in (ones, without))
+    for name, value in expected.items():
+        assert_within(actual[name], value, 1e-12 if case.dtype == torch.float64 else 1e-5, name, case)
 
 
 def as_without_downsampling(attention, case: Case, device="cpu") -> None:
@@ -164,11 +189,11 @@ def padding_does_not_matter(attention, case: Case, device="cpu") -> None:
         padded = make(case, device=device)
 
         def fill(x, value):
-            return F.pad(x.detach(), (0, 0, left, right), value=value).requires_grad_()
+            return F.pad(x.detach(), (0, 0) * (x.dim() - 3) + (left, right), value=value).requires_grad_()
 
         real = slice(left, left + case.n)
-        leaves = {name: fill(x, garbage) if name in ("q", "k", "v", "far_keys") else x for name, x in padded.leaves.items()}
-        options = padded.options | {"attention_mask": fill(torch.ones(case.n, 1, device=device), 0)[:, 0].detach().long()[None]}
+        leaves = {name: fill(x, garbage) if name in OF_TOKENS else x for name, x in padded.leaves.items()}
+        options = padded.options | {"attention_mask": fill(torch.ones(1, 1, case.n, device=device), 0)[0].detach().long()}
         if isinstance(options.get("key_summary"), DirectSummary):
             # Levels that only the padded row has room for: never used, but asked for.
             longer = make(replace(case, n=case.n + left + right), device=device)
@@ -181,7 +206,7 @@ def padding_does_not_matter(attention, case: Case, device="cpu") -> None:
         call = Call(leaves, options, fill(padded.upstream, 1.0).detach(), case.layout)
         actual = call.with_gradients(attention)
         for name, value in actual.items():
-            of_tokens = name in ("out", "q", "k", "v", "far_keys")
+            of_tokens = name in ("out", *OF_TOKENS)
             # The same terms, perhaps summed in other groups.
             size = max(1.0, expected[name].abs().max().item())
             bound = 1e-10 if case.dtype == torch.float64 else 2 * torch.finfo(case.dtype).eps * size + case.n * 1e-6 * size

@@ -32,7 +32,7 @@ def far_biases(model):
 
 
 def influence(model) -> float:
-    """How much the fifth token of a long row, the first behind sinks, matters to the last one's logits (of one layer: no other relays it)."""
+    """How much the fifth token of a long row, behind sinks, matters to the last one's logits (of one layer: no other relays it)."""
     ids = tokens(1, LONG)
     other = ids.clone()
     other[0, 4] = ids[0, 4] % 40 + 5

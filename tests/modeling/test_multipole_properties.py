@@ -16,6 +16,7 @@ from tests.helpers.interpreter import DEVICE
 from tests.helpers.multipole_cases import PADDED, SHAPES, Case, cases
 from tests.helpers.multipole_properties import (
     arguments_are_not_written_to,
+    as_many_sinks_as_tokens_are_exact_attention,
     as_without_downsampling,
     autocast_computes_in_bfloat16,
     compiles_without_a_graph_break,
@@ -26,6 +27,7 @@ from tests.helpers.multipole_properties import (
     gradients_are_numerical_derivatives,
     half_precision_is_rounded_once,
     layout_does_not_matter,
+    masses_of_one_change_nothing,
     matches_reference,
     not_finite_reaches_whom_the_reference_says,
     one_tensor_in_every_place,
@@ -36,11 +38,21 @@ from tests.helpers.multipole_properties import (
 from tests.helpers.numerics import EVERY, LOW
 from tests.helpers.rows import LAYOUTS
 
+SUMMARIES = ("mean", "direct", "hierarchical")
 HALF = (torch.bfloat16, torch.float16)
 # One of everything: ragged, grouped heads, fewer bias columns than levels, a cap, other keys for the far field.
 FULL = Case(n=45, repeats=2, bias_levels=2, softcap=2.0, far_keys=True, summary="hierarchical")
 LINEAR = replace(FULL, downsample=True)
 FORMS = {"torch": FULL, "O(n)": LINEAR}
+# Sinks in the first block, in a part of it, and in several; tokens with masses.
+WEIGHTED = {
+    "torch, sinks": replace(FULL, sinks=3),
+    "torch, saliency": replace(FULL, saliency=True),
+    "torch, both": replace(FULL, sinks=9, saliency=True, far_keys=False),
+    "O(n), sinks": replace(LINEAR, sinks=9),
+    "O(n), both": replace(LINEAR, sinks=3, saliency=True),
+}
+ALL = FORMS | WEIGHTED
 # As small as three levels allow.
 SMALL = replace(FULL, n=17, batch=1, kv_heads=1, block_size=2, rank=1, dtype=torch.float32)
 ONE_HEAD = replace(SMALL, repeats=1)
@@ -104,9 +116,9 @@ def test_kernels(quick_interpreter, holds, case):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("summary", ["mean", "direct", "hierarchical"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_output_and_gradients_equal_the_reference(form, causal, summary, shape):
-    matches_reference(multipole_attention, replace(FORMS[form], causal=causal, summary=summary, **SHAPES[shape]))
+    matches_reference(multipole_attention, replace(ALL[form], causal=causal, summary=summary, **SHAPES[shape]))
 
 
 CHOSEN = [
@@ -116,6 +128,9 @@ CHOSEN = [
         for dtype in HALF
     ),
     *((layout_does_not_matter, {"layout": layout}) for layout in LAYOUTS),
+    (as_many_sinks_as_tokens_are_exact_attention, {}),
+    (as_many_sinks_as_tokens_are_exact_attention, {"causal": False, "padding": PADDED, "cuts": (20,)}),
+    *((masses_of_one_change_nothing, {"causal": causal, "summary": summary}) for causal in (True, False) for summary in SUMMARIES),
     (arguments_are_not_written_to, {"padding": PADDED}),
     *((one_tensor_in_every_place, {"causal": causal, "n": n}) for causal, n in ((True, 45), (False, 45), (True, 7))),
     (autocast_computes_in_bfloat16, {"dtype": torch.float32, "far_keys": False, "padding": PADDED}),
@@ -126,6 +141,12 @@ CHOSEN = [
 @pytest.mark.parametrize("form", FORMS)
 def test_chosen_calls(form, holds, changed):
     holds(multipole_attention, replace(FORMS[form], mixed=form == "O(n)", **changed))
+
+
+@pytest.mark.parametrize("form", WEIGHTED)
+def test_arguments_of_sinks_and_masses_are_not_written_to(form):
+    arguments_are_not_written_to(multipole_attention, WEIGHTED[form])
+    one_tensor_in_every_place(multipole_attention, WEIGHTED[form])
 
 
 @pytest.mark.parametrize("shape", ["plain", "padded", "packed"])
@@ -141,20 +162,22 @@ def test_not_finite_reaches_whom_the_reference_says(form, name, value, causal, s
 
 DIFFERENTIATED = [("torch", causal, shape) for causal in (True, False) for shape in SHAPES]
 DIFFERENTIATED += [("O(n)", True, "packed and padded"), ("O(n)", False, "plain")]
+DIFFERENTIATED += [("torch, both", True, "plain"), ("torch, both", False, "packed and padded"), ("O(n), both", True, "packed")]
 COMPILED = [("torch", True, "plain"), ("torch", True, "packed and padded"), ("torch", False, "padded"), ("torch", False, "packed")]
 COMPILED += [("O(n)", True, "packed and padded"), ("O(n)", False, "padded")]
+COMPILED += [("torch, both", True, "plain"), ("torch, both", True, "packed and padded"), ("O(n), both", True, "padded")]
 
 
 @pytest.mark.parametrize("form, causal, shape", DIFFERENTIATED)
 @pytest.mark.slow
 def test_gradients_are_numerical_derivatives(form, causal, shape):
-    gradients_are_numerical_derivatives(multipole_attention, replace(FORMS[form], causal=causal), shape)
+    gradients_are_numerical_derivatives(multipole_attention, replace(ALL[form], causal=causal), shape)
 
 
 @pytest.mark.parametrize("form, causal, shape", COMPILED)
 @pytest.mark.slow
 def test_compiles_without_a_graph_break(form, causal, shape):
-    compiles_without_a_graph_break(multipole_attention, replace(FORMS[form], causal=causal, **SHAPES[shape]))
+    compiles_without_a_graph_break(multipole_attention, replace(ALL[form], causal=causal, **SHAPES[shape]))
 
 
 # The PyTorch paths, in any call
