@@ -60,16 +60,18 @@ def depthwise_map(x: torch.Tensor, weight: torch.Tensor, masses: torch.Tensor | 
 
 @torch.library.custom_op(_NAMESPACE + "::depthwise_map_backward_", mutates_args=("grad_x",))
 def depthwise_map_backward_(
-    grad_x: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, masses: torch.Tensor | None
+    grad_x: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, masses: torch.Tensor | None, of_masses: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds the gradient of x to ``grad_x`` (x's shape) and returns the weight's and that of the masses; ``grad`` is the summaries'."""
+    """Adds the gradient of x to ``grad_x`` (x's shape) and returns the weight's and, if ``of_masses``, that of the masses; ``grad`` is the
+    summaries'.
+    """
     batch, heads, groups, width, dim = x.shape
     rank = weight.shape[1]
     cast = weight.to(grad.dtype)
     # A few groups at a time, so that tokens and sums stay in the cache.
-    together = max(1, min(groups, 2**18 // (width * dim)))
+    together = max(1, min(groups, 2**18 // (heads * width * dim)))
     total = grad.new_zeros(heads, min(groups, max(1, 2**20 // weight.numel())), rank, width, dim)
-    grad_masses = grad.new_empty(0 if masses is None else masses.shape)
+    grad_masses = grad.new_empty(masses.shape if of_masses else 0)
     for b in range(batch):
         for start in range(0, groups, together):
             part = slice(start, start + together)
@@ -78,10 +80,11 @@ def depthwise_map_backward_(
             out = torch.zeros_like(grad_x[b, :, part], dtype=grad.dtype) if apart else grad_x[b, :, part]
             for r in range(rank):
                 out.addcmul_(grad[b, :, part, r, None], cast[:, None, r])
-            if masses is not None:
+            if of_masses:
                 torch.sum(out * x[b, :, part], -1, out=grad_masses[b, :, part])
-                out.mul_(masses[b, :, part, :, None])
-            if apart:
+            if masses is not None:
+                grad_x[b, :, part].addcmul_(out, masses[b, :, part, :, None])
+            elif apart:
                 grad_x[b, :, part] += out
         for start in range(0, groups, total.shape[1]):
             part = slice(start, start + total.shape[1])
@@ -97,8 +100,8 @@ def _(x, weight, masses):
 
 
 @depthwise_map_backward_.register_fake
-def _(grad_x, grad, x, weight, masses):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format), grad.new_empty(0 if masses is None else masses.shape)
+def _(grad_x, grad, x, weight, masses, of_masses):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), grad.new_empty(masses.shape if of_masses else 0)
 
 
 def _operators(kernels: bool):
@@ -133,17 +136,14 @@ class _Map(torch.autograd.Function):
             of_groups.add_((upper / ctx.width).unsqueeze(3))
             return grad, None, None, None, None
         groups, upper = tokens.unflatten(2, (-1, ctx.width)), upper.contiguous()
-        every = _by_group(masses, groups)
+        every, of_masses = _by_group(masses, groups), ctx.needs_input_grad[3]
         if weight is None:
             upper = (upper / ctx.width).unsqueeze(3)
-            of_groups.add_(upper * every[..., None])
-            grad_weight, grad_masses = None, (upper * groups).sum(-1)
+            of_groups.addcmul_(upper, every[..., None])
+            grad_weight, grad_masses = None, (upper * groups).sum(-1) if of_masses else None
         else:
-            grad_weight, grad_masses = _operators(ctx.kernels)[1](of_groups, upper, groups, weight, every)
-        if masses is None or not ctx.needs_input_grad[3]:
-            grad_masses = None
-        else:
-            grad_masses = grad_masses.flatten(2).sum_to_size(masses.shape)
+            grad_weight, grad_masses = _operators(ctx.kernels)[1](of_groups, upper, groups, weight, every, of_masses)
+        grad_masses = grad_masses.flatten(2).sum_to_size(masses.shape) if of_masses else None
         return grad, None, grad_weight, grad_masses, None
 
 
