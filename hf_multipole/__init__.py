@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from .integration.conversion import convert, extend_context, revert
+from .integration.measurement import token_masses
 from .modeling.configuration_multipole import MultipoleConfig
 from .modeling.modeling_multipole import (
     MultipoleForCausalLM,
@@ -57,4 +58,5 @@ __all__ = [
     "multipole_attention",
     "revert",
     "tensor_attention",
+    "token_masses",
 ]

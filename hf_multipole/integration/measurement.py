@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -107,6 +108,33 @@ def layer_errors(
     with _registered(model, attend):
         model(input_ids, **({"use_cache": False} if model.can_generate() else {}))
     return errors
+
+
+@torch.no_grad()
+def token_masses(model: PreTrainedModel, **inputs: Any) -> dict[str, torch.Tensor]:
+    """What each token weighs in the summaries of each layer: which tokens a model keeps, to be drawn, say, beside their attention weights.
+
+    model: one with ``saliency=True``, own or converted. inputs: of its forward, ``input_ids`` at least; ``(batch, n)``.
+    Returns, for the attention modules that have multipole attention, by their names, masses ``(batch, kv_heads, n)``: 1 is what all tokens
+    weigh in a model that has learned nothing of them. Sinks, which are in no summary, have theirs all the same.
+
+    Raises ValueError for a model without masses.
+    """
+    parts = {name.removesuffix(".far_field"): part for name, part in model.named_modules() if getattr(part, "saliency", None) is not None}
+    if not parts:
+        raise ValueError(f"{type(model).__name__} has no masses of tokens: make it, or convert it, with saliency=True")
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        return lambda part, given, output: found.__setitem__(name, output[1].exp())
+
+    hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+    try:
+        model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 @torch.no_grad()
