@@ -172,8 +172,8 @@ class _SegmentWork(BlockWork):
     def __init__(self, given: Segments):
         none, no_columns = given.far_mean.new_zeros(0, 1), given.far_total.new_zeros(len(given.far_total), 0)
         own = given._asdict() | {"k": given.k.contiguous(), "v": given.v.contiguous()}
-        for name in ("far_mean", "far_total", "sink_k", "sink_v", "sink_bias"):
-            setattr(self, name, own.pop(name))
+        self.far_mean, self.far_total = own.pop("far_mean"), own.pop("far_total")
+        self.sink_k, self.sink_v, self.sink_bias = (own.pop(name) for name in ("sink_k", "sink_v", "sink_bias"))
         super().__init__(Blocks(far_k=none, far_v=none, far_index=no_columns.long(), far_bias=no_columns, **own))
         self.sinks = slice(self.near + 1, self.near + 1 + self.sink_k.shape[1])
         self.more = -(-(1 + self.sink_k.shape[1]) // _MORE) * _MORE
