@@ -48,6 +48,7 @@ KINDS = {
     "full attention": Kind(EXACT),
     "near field only": Kind({"summary": "mean", "far_bias_init": -10000.0}),
     "multipole": Kind({"far_bias_init": 0.0}),
+    "multipole, means": Kind({"far_bias_init": 0.0, "summary": "mean"}),
     "multipole, saliency": Kind({"far_bias_init": 0.0, "saliency": True}),
     "multipole, means and saliency": Kind({"far_bias_init": 0.0, "saliency": True, "summary": "mean"}),
     # Two tokens in a summary of the first level instead of eight.
