@@ -32,19 +32,23 @@ from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import first_files, pack, standard_library
 from hf_multipole.training.figures import colours, figure, label_ends
 from scripts.common.measuring import machine
-from scripts.common.reports import command, table, write_beside
+from scripts.common.reports import command, table, write_beside, write_figures
 
 CONTEXT, LONG = 1024, 4096
 EVALUATED = 2**18  # held-out bytes that each figure is measured on
 # A far field that starts low does not drown the near one before its summaries mean something.
-SIZES = {"block_size": 64, "rank": 4, "far_bias_init": -2.0}
+SIZES = {"block_size": 64, "rank": 4, "far_bias_init": -2.0, "sink_tokens": 4}
 NEAR_ONLY = SIZES | {"summary": "mean", "far_bias_init": -1e4}
+NO_SINKS = {"sink_tokens": 0}
 # name: how the exact checkpoint is converted, which parameters are trained then, and how fast
 ARMS = {
     "exact": (None, "all", 1e-3),
     "multipole, all weights": (SIZES, "all", 1e-3),
+    "multipole with saliency, all weights": (SIZES | {"saliency": True}, "all", 1e-3),
+    "multipole without sinks, all weights": (SIZES | NO_SINKS, "all", 1e-3),
     "multipole, summaries alone": (SIZES, "far field", 3e-3),
-    "near field only, all weights": (NEAR_ONLY, "model", 1e-3),
+    "multipole with saliency, summaries alone": (SIZES | {"saliency": True}, "far field", 3e-3),
+    "near field and sinks only, all weights": (NEAR_ONLY, "model", 1e-3),
 }
 BLOCK_SIZES, RANKS = (16, 32, 64, 128), (1, 2, 4, 8, 16)
 
@@ -121,8 +125,13 @@ def untrained(base: Path, held_out, path: Path) -> dict:
             grid.append({name: options[name] for name in ("block_size", "rank")} | {"bits": bits, "errors": list(found.values())})
         exact = evaluate(model, held_out[: 64 * CONTEXT], (CONTEXT,))[str(CONTEXT)]
         chosen = {}
-        for name, options in (("multipole, untrained", SIZES | {"far_bias_init": None}), ("near field only, untrained", NEAR_ONLY)):
-            chosen[name] = evaluate(convert(AutoModelForCausalLM.from_pretrained(base), **{"summary": "mean"} | options), held_out)
+        plain = SIZES | {"far_bias_init": None}
+        ways = {"multipole": plain, "multipole without sinks": plain | NO_SINKS}
+        ways |= {"near field and sinks only": NEAR_ONLY, "near field only": NEAR_ONLY | NO_SINKS}
+        for name, options in ways.items():
+            chosen[f"{name}, untrained"] = evaluate(
+                convert(AutoModelForCausalLM.from_pretrained(base), **{"summary": "mean"} | options), held_out
+            )
         write_json(path, {"exact": exact, "grid": grid, "chosen": chosen})
     return json.loads(path.read_text())
 
@@ -148,18 +157,17 @@ def report(args, base: dict, arms: dict, means: dict, picture: str) -> str:
     rows = {f"exact, {args.steps} steps": base["bits_per_byte"]} | means["chosen"]
     rows |= {f"{name}, {args.further_steps} steps more": figures["bits_per_byte"] for name, figures in arms.items()}
     figures = [[name, f"{bits[str(CONTEXT)]:.3f}", f"{bits[str(LONG)]:.3f}"] for name, bits in rows.items()]
-    exact, multipole, near = (arms[name]["bits_per_byte"][str(CONTEXT)] for name in list(ARMS)[:2] + list(ARMS)[3:])
+    exact, multipole, near = (arms[name]["bits_per_byte"][str(CONTEXT)] for name in [*ARMS][:2] + [*ARMS][-1:])
     head = ["block size", "rank", "bits per byte", "against exact", *(f"layer {i}" for i in range(len(means["grid"][0]["errors"])))]
     grid = [
         [str(row["block_size"]), str(row["rank"]), f"{row['bits']:.3f}", f"{100 * (row['bits'] / means['exact'] - 1):+.1f} %"]
         + [f"{error:.2f}" for error in row["errors"]]
         for row in means["grid"]
     ]
-    return f"""# Conversion of a small Llama
-
+    return f"""
 A Llama of 4 layers of width 128 was trained with exact attention on the source text of Python's standard library, byte by byte, with a
 context of {CONTEXT}: {args.steps} steps of 8 rows. Its checkpoint was then converted with `block_size` {SIZES["block_size"]},
-`rank` {SIZES["rank"]} and a far bias from {SIZES["far_bias_init"]}, and trained for {args.further_steps} steps more, as was the exact
+`rank` {SIZES["rank"]}, a far bias from {SIZES["far_bias_init"]} and {SIZES["sink_tokens"]} sinks, and trained for {args.further_steps} steps more, as was the exact
 model, over the same rows.
 
 ```bash
@@ -171,14 +179,14 @@ Bits per byte on {EVALUATED:,} held-out bytes, one seed:
 {table(["", f"context {CONTEXT:,}", f"context {LONG:,}"], figures)}
 
 At the trained context the fine-tuned multipole model is {100 * (multipole / exact - 1):+.2f} % from the exact one. What exact attention
-gains over the near field alone ({near:.3f} to {exact:.3f}) is what the far context is worth here; the {near - multipole:.3f} that
+gains over near field and sinks alone ({near:.3f} to {exact:.3f}) is what the far context is worth here; the {near - multipole:.3f} that
 multipole attention gains are of one seed, and too little to be told from chance. No model was trained beyond {CONTEXT:,} positions: at
 {LONG:,} rotary angles are new to all of them, and multipole attention leaves out the levels of groups that training never had.
 Training losses (left) are of rows that the first training has partly seen.
 
 ![training after the conversion, and the error of untrained means]({picture})
 
-## Without training
+### Without training
 
 Means in place of learned summaries (`attn_implementation="multipole"` on the exact checkpoint), on {64 * CONTEXT:,} bytes: bits per byte
 (exact: {means["exact"]:.3f}), and the relative error of the attention output of each layer.
@@ -223,7 +231,7 @@ def main() -> None:
         plot(arms, means["grid"], args.report.parent / picture)
     figures = json.loads((base / "figures.json").read_text())
     write_beside(args.report, {"command": command(), "machine": machine(), "base": figures, "arms": arms, "untrained": means})
-    args.report.write_text(report(args, figures, arms, means, picture.as_posix()))
+    write_figures(args.report, "Conversion of a small Llama", report(args, figures, arms, means, picture.as_posix()))
     print(f"wrote {args.report}")
 
 
