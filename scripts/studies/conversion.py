@@ -167,8 +167,8 @@ def report(args, base: dict, arms: dict, means: dict, picture: str) -> str:
     return f"""
 A Llama of 4 layers of width 128 was trained with exact attention on the source text of Python's standard library, byte by byte, with a
 context of {CONTEXT}: {args.steps} steps of 8 rows. Its checkpoint was then converted with `block_size` {SIZES["block_size"]},
-`rank` {SIZES["rank"]}, a far bias from {SIZES["far_bias_init"]} and {SIZES["sink_tokens"]} sinks, and trained for {args.further_steps} steps more, as was the exact
-model, over the same rows.
+`rank` {SIZES["rank"]}, a far bias from {SIZES["far_bias_init"]} and {SIZES["sink_tokens"]} sinks, and trained for
+{args.further_steps} steps more, as was the exact model, over the same rows.
 
 ```bash
 {command()}
