@@ -61,9 +61,7 @@ def _attend_past(module, layer, q, k, v, mask: MultipoleMask, softcap, scale, ro
         raise ValueError(OUT_OF_STEP)
     if layer.state is not None:
         mask.check_past(layer.state)
-    # Where summaries are rotated, the keys without positions come behind the others.
-    plain = k if rotary is None else k.chunk(2, -1)[1]
-    return layer.attend(q, k, v, mask.new_tokens, _call(module, q, plain, mask.length, softcap, scale, downsample_queries), rotary)
+    return layer.attend(q, k, v, mask.new_tokens, _call(module, q, v, mask.length, softcap, scale, downsample_queries), rotary)
 
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::attend_state", mutates_args=("layer",))
@@ -111,10 +109,8 @@ def _(layer):
     return torch.empty((), dtype=torch.long)
 
 
-def _call(module, query, keys, length: int, softcap, scale, downsample_queries: bool) -> Call:
-    """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks: without dropout, and causal. keys: those
-    that are summarised.
-    """
+def _call(module, query, value, length: int, softcap, scale, downsample_queries: bool) -> Call:
+    """What the attention of rows of up to ``length`` tokens depends on beside tokens and masks: without dropout, and causal."""
     options = multipole_options(module.config, downsample_queries)
     far_field = getattr(module, "far_field", None)
     if far_field is None and options.is_learned:
@@ -133,7 +129,7 @@ def _call(module, query, keys, length: int, softcap, scale, downsample_queries: 
             f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
             "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
         )
-    far_bias, log_masses = (None, None) if far_field is None else far_field(keys)
+    far_bias, log_masses = (None, None) if far_field is None else far_field(value)
     return Call(
         options,
         key_summary=getattr(far_field, "key_summary", None),
@@ -274,8 +270,7 @@ def _on_rows(module, query, key, value, mask: MultipoleMask, asked: _Asked) -> t
     longest = mask.length if alignment is None else min(mask.length, alignment.index.shape[1])
     if asked.downsample_queries and query.shape[2] < key.shape[2]:
         _refuse_thrown_caches(module.config)
-    keys = key if asked.far_keys is None else asked.far_keys
-    call = _call(module, query, keys, longest, asked.softcap, asked.scaling, asked.downsample_queries)
+    call = _call(module, query, value, longest, asked.softcap, asked.scaling, asked.downsample_queries)
     call = call._replace(causal=mask.causal, dropout_p=asked.dropout, key_summary=asked.key_summary or call.key_summary)
     out, weights = aligned_attention(query, key, value, alignment, call, asked.far_keys, asked.output_attentions)
     if torch.is_grad_enabled() and far_field is not None:

@@ -31,13 +31,14 @@ def trained_levels(max_length: int | None, block_size: int) -> int | None:
 _BOUND = 8.0
 
 
-def log_masses(keys: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
+def log_masses(values: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
     """Logarithms of what tokens weigh in summaries, ``(batch, kv_heads, n)`` in the compute dtype, between -8 and 8.
 
-    keys: ``(batch, kv_heads, n, head_dim)``; saliency: ``(kv_heads, head_dim)``, learned; zeros make all masses 1.
+    values: ``(batch, kv_heads, n, head_dim)``. Not keys, which are rotated by their positions: masses learned from these go astray in rows
+    longer than those of training. saliency: ``(kv_heads, head_dim)``, learned; zeros make all masses 1.
     """
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    scores = (keys @ saliency.to(keys.dtype)[:, :, None]).squeeze(-1)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    scores = (values @ saliency.to(values.dtype)[:, :, None]).squeeze(-1)
     return _BOUND * torch.tanh(scores.to(wide) / _BOUND)
 
 
@@ -86,11 +87,11 @@ class FarField(LearnedPart):
         if self.saliency is not None:
             init.zeros_(self.saliency)
 
-    def forward(self, keys: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The bias of the far logits ``(heads, levels)``, and logarithms of the masses of tokens ``(batch, kv_heads, n)``, of their keys
+    def forward(self, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The bias of the far logits ``(heads, levels)``, and logarithms of the masses of tokens ``(batch, kv_heads, n)``, of their values
         ``(batch, kv_heads, n, head_dim)``; or None. By a call, for that is when offloaded parameters are fetched.
         """
-        return self.far_bias, None if self.saliency is None else log_masses(keys, self.saliency)
+        return self.far_bias, None if self.saliency is None else log_masses(values, self.saliency)
 
     @property
     def max_levels(self) -> int | None:

@@ -77,7 +77,7 @@ def test_an_own_layer_runs_the_definition(monkeypatch, is_causal):
     calls = recorded(monkeypatch, model, tokens())
     for (q, k, v, out), mass, layer in zip(calls, masses, model.model.layers):
         far_field = layer.self_attn.far_field
-        logarithms = 8 * torch.tanh(torch.einsum("bhnd,hd->bhn", k, far_field.saliency) / 8)
+        logarithms = 8 * torch.tanh(torch.einsum("bhnd,hd->bhn", v, far_field.saliency) / 8)
         torch.testing.assert_close(mass, logarithms.exp(), **CLOSE)
         assert (mass - 1).abs().max() > 0.1
         summaries = dict(key_summary=far_field.key_summary, value_summary=far_field.value_summary, far_bias=far_field.far_bias)
