@@ -24,6 +24,7 @@ from .kept import Kept, KeptTokens
 from .kept_layer import ROLLBACK, KeptLayer, PastTokens, to_take_back
 from .model_fingerprint import backbone, fingerprint
 from .multipole_state import MultipoleState, NewTokens
+from .options import MultipoleOptions
 from .private import implementation_of
 from .shared_query_state import LinearState
 from .state_slots import Layout
@@ -34,7 +35,8 @@ from .tensor_cache import Sums
 STATE_IMPLEMENTATIONS = ("multipole", "multipole_linear")
 OUT_OF_STEP = "the layers of the cache have seen different numbers of tokens: an earlier call was interrupted; use a new cache"
 NO_DROPOUT = "a generation state has no dropout: call model.eval(), or pass use_cache=False in training"
-_FORMAT = "hf_multipole state 3"
+_FORMAT = "hf_multipole state 4"
+_READABLE = ("hf_multipole state 3", _FORMAT)  # in the first of them, without sinks and masses
 
 
 # Compiled code names layers, and modules, by numbers: what Python counts in a state must not become part of it.
@@ -128,12 +130,13 @@ class MultipoleLayer(KeptLayer):
                 "output_attentions need a cache of their own, used from the first token"
             )
 
-    def check_model(self, block_size: int, rank: int, direct: bool, linear: bool, max_levels: int | None) -> None:
-        """Raises ValueError where the state is that of another kind of attention."""
+    def check_model(self, options: MultipoleOptions, direct: bool, linear: bool, max_levels: int | None, salient: bool) -> None:
+        """Raises ValueError where the state is that of another kind of attention; salient: tokens have masses."""
         state = self.state
         if state is None:
             return
-        if (state.layout.block_size, state.layout.rank, state.direct, state.linear) != (block_size, rank, direct, linear):
+        held = (state.layout.block_size, state.layout.rank, state.direct, state.linear)
+        if held != (options.block_size, options.rank, direct, linear):
             raise ValueError(
                 "the cache was filled by another model: its block_size, rank, kind of summary or kind of layer differ; use a new cache"
             )
@@ -142,19 +145,22 @@ class MultipoleLayer(KeptLayer):
                 "the cache was begun with another context: extend_context was called, or max_position_embeddings changed, since; use a new "
                 "cache"
             )
+        state.check_masses(options.sink_tokens, salient)
 
     def attend(self, q, k, v, new: list[NewTokens], call: Call, rotary: Callable | None = None) -> torch.Tensor:
         """:meth:`MultipoleState.attend`, after making the state where there is none yet."""
         options, direct = call.options, isinstance(call.key_summary, DirectSummary)
-        self.check_model(options.block_size, options.rank, direct, options.downsample_queries, call.max_levels)
+        salient = call.log_masses is not None
+        self.check_model(options, direct, options.downsample_queries, call.max_levels, salient)
         state = self.state
         if state is None:
             # Room for those of training; where these are not known, it grows.
             summary: Any = call.key_summary
             levels = len(summary.levels) if direct else 1 if call.max_levels is None else call.max_levels
-            layout = Layout.for_rollback(options.block_size, options.rank, self.rollback)
+            layout = Layout.for_rollback(options.block_size, options.rank, self.rollback, options.sink_tokens)
             kind = LinearState if options.downsample_queries else MultipoleState
-            state = kind(q, k, v, layout, levels, direct=direct, rotated=rotary is not None, max_levels=call.max_levels)
+            how = {"direct": direct, "rotated": rotary is not None, "max_levels": call.max_levels, "salient": salient}
+            state = kind(q, k, v, layout, levels, **how)
         means = MeanSummary(options.block_size, options.rank)
         call = call._replace(key_summary=call.key_summary or means, value_summary=call.value_summary or means)
         out = state.attend(q, k, v, new, call, rotary)
@@ -211,7 +217,8 @@ def check_cache(cache, model: PreTrainedModel, embeddings: torch.Tensor, mask, t
         if mask is None:
             layer.check_exact()
         direct, linear = isinstance(attention.far_field.key_summary, DirectSummary), attention.layer_type == "multipole_linear_attention"
-        layer.check_model(config.block_size, config.rank, direct, linear, attention.far_field.max_levels)
+        options = multipole_options(config)
+        layer.check_model(options, direct, linear, attention.far_field.max_levels, options.saliency)
         # Weights may be packed, or be elsewhere: keys are of the dtype of what they are made of.
         dim, dtype, device = config.head_dim, embeddings.dtype, embeddings.device.type
         if torch.is_autocast_enabled(device):
@@ -349,7 +356,7 @@ class MultipoleCache(DynamicCache):
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged, or not a state file: {error}") from None
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in _READABLE:
             raise ValueError(f"{path} is not a state file of this version: its format is {metadata.get('format')!r}, not {_FORMAT!r}")
         if metadata.get("model") != fingerprint(model):
             raise ValueError(f"{path} is the state of another model: weights, adapters, dtype or configuration differ; read the text again")

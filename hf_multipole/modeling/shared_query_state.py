@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .calls import Call
-from .multipole_attention import attend_segments
+from .multipole_attention import attend_segments, log_counts
 from .multipole_state import MultipoleState
 from .shared_query_torch import HIDDEN, merge, partial_softmax
 from .state_attention import Grid, StepBias, attend_slots_on_gpu
@@ -80,11 +80,15 @@ class LinearState(MultipoleState):
         own = segment[:, None] // rank
         group = 2 * (own // 2 - 1) + torch.arange(2, device=device)
         seen = ((group >= 0) & (own - group >= 2)).repeat_interleave(rank, 1)[:, None]
-        bias = torch.tensor(math.log(width) if call.options.size_weighting else 0.0, dtype=dtype, device=device)
+        listed = (group - grid.begins[level]).clamp(min=0)
+        if grid.counts is None:
+            bias = torch.tensor(math.log(width) if call.options.size_weighting else 0.0, dtype=dtype, device=device)
+        else:
+            counts = grid.counts[level].unflatten(2, (-1, rank))[:, :, listed].flatten(3)
+            bias = log_counts(counts, call.options.size_weighting)[..., None, :]
         if call.far_bias is not None:
             bias = bias + call.far_bias[:, min(level, call.far_bias.shape[1] - 1)].to(dtype).view(kv_heads, 1, -1, 1)
         bias = torch.where(seen, bias, HIDDEN).clamp(min=HIDDEN)
-        listed = (group - grid.begins[level]).clamp(min=0)
         k, v = (x[level].to(dtype).unflatten(2, (-1, rank))[:, :, listed].flatten(3, 4) for x in (grid.far_k, grid.far_v))
         mean, total = partial_softmax(q, k, v, bias, call.scale, call.softcap)
         return mean.transpose(2, 3).flatten(1, 2), total.transpose(2, 3).flatten(1, 2)
@@ -113,16 +117,16 @@ class LinearState(MultipoleState):
             merged, known = new, begin
         around = (known - whole.start, whole.stop - known - merged.shape[2])
         mean, total = nn.functional.pad(merged[..., :-1], (0, 0, *around)), nn.functional.pad(merged[..., -1], around, value=HIDDEN)
-        return attend_segments(grid.q, grid.k, grid.v, mean, total, None, m, work.call, work.kernels), writes
+        return attend_segments(grid.q, grid.k, grid.v, (mean, total), grid.sinks, None, m, work.call, work.kernels), writes
 
     def _begin_segments(self, q, bias: torch.Tensor, past: list[int], call: Call) -> None:
         """Far results of the segments, of whichever level and row, whose first token this is."""
         length = torch.tensor(past, device=q.device)[:, None]
         width = self._width(0) << torch.arange(self.levels, device=q.device)
         begins, slot = length % width == 0, length // width % self.segments  # (batch, levels)
-        ring = self.layout.ring
-        k, v = (x.slots[:, :, ring:].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
-        bias = bias[..., ring:].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
+        fine = self.layout.slots(0)
+        k, v = (x.slots[:, :, fine:].unflatten(2, (self.levels, -1)) for x in (self.keys, self.values))
+        bias = bias[..., fine:].unflatten(-1, (self.levels, -1)).transpose(2, 3).clamp(min=HIDDEN)
         results = partial_softmax(q[:, :, None], k[..., : q.shape[-1]], v, bias, call.scale, call.softcap)
         mean, total = (x.detach().transpose(2, 3).flatten(1, 2) for x in results)  # (batch, heads, levels, ...)
         merged, row = self._nothing(*mean.shape[:2]), torch.arange(len(past), device=q.device)
@@ -139,16 +143,16 @@ class LinearState(MultipoleState):
     def _attend_on_gpu(self, q, past, work):
         if self._begins(past):
             grouped = q.unflatten(1, (self.keys.slots.shape[1], -1)).to(self.keys.slots.dtype)
-            bias = StepBias(self.layout).of(past, self.keys, q.shape[1], work.call)
+            bias = StepBias().of(past, self.keys, self.masses, q.shape[1], work.call)
             self._begin_segments(grouped, bias, past, work.call)
-        return attend_slots_on_gpu(q, self.keys, self.values, past, work.call, self.far[:, :, 0] if self.levels else None)
+        return attend_slots_on_gpu(q, self.keys, self.values, past, work.call, far=self.far[:, :, 0] if self.levels else None)
 
     def _attend_slots(self, q, bias, past, work):
-        ring, call = self.layout.ring, work.call
-        near = q @ self.keys.slots[:, :, :ring, : q.shape[-1]].transpose(2, 3) * call.scale
+        fine, call = self.layout.slots(0), work.call
+        near = q @ self.keys.slots[:, :, :fine, : q.shape[-1]].transpose(2, 3) * call.scale
         if call.softcap is not None:
             near = call.softcap * torch.tanh(near / call.softcap)
-        near, values = near + bias[..., :ring], self.values.slots[:, :, :ring]
+        near, values = near + bias[..., :fine], self.values.slots[:, :, :fine]
         if not self.levels:
             return torch.softmax(near, -1) @ values
         if self._begins(past):

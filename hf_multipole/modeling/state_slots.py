@@ -1,6 +1,6 @@
-"""Slots of a generation state: a ring of tokens and, for each level, a ring of groups, side by side in one tensor."""
+"""Slots of a generation state: sinks, a ring of tokens and, for each level, a ring of groups, side by side in one tensor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -8,18 +8,24 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layout:
-    """Which slot holds what: token t of a row is in slot ``t % ring``, summary r of group g of level l (counted from 0) in slot
-    ``ring + (l * groups + g % groups) * rank + r``.
+    """Which slot holds what: sink t is in slot ``t``, token t of a row, whether it is a sink or not, in slot ``sinks + t % ring``, summary
+    r of group g of level l (counted from 0) in slot ``sinks + ring + (l * groups + g % groups) * rank + r``.
     """
 
     block_size: int
     rank: int
     spare: int  # blocks that can be taken back
+    sinks: int = 0  # that there is room for
 
     @classmethod
-    def for_rollback(cls, block_size: int, rank: int, rollback: int) -> "Layout":
+    def for_rollback(cls, block_size: int, rank: int, rollback: int, sinks: int = 0) -> "Layout":
         """One from which ``rollback`` tokens can be taken back, rounded up to whole blocks."""
-        return cls(block_size, rank, max(1, -(-rollback // block_size)))
+        return cls(block_size, rank, max(1, -(-rollback // block_size)), sinks)
+
+    def holding(self, sinks: int, length: int) -> "Layout":
+        """With room for those of ``sinks`` sinks that a row of ``length`` tokens has; a row that grows needs it anew as it doubles."""
+        blocks = max(1, -(-length // self.block_size))
+        return replace(self, sinks=min(sinks, self.block_size << (blocks - 1).bit_length()))
 
     @property
     def ring(self) -> int:
@@ -32,14 +38,14 @@ class Layout:
         return 3 + self.spare
 
     def slots(self, levels: int) -> int:
-        return self.ring + levels * self.groups * self.rank
+        return self.sinks + self.ring + levels * self.groups * self.rank
 
     def of_tokens(self, tokens: range, device: torch.device) -> torch.Tensor:
-        return torch.arange(tokens.start, tokens.stop, device=device) % self.ring
+        return torch.arange(tokens.start, tokens.stop, device=device) % self.ring + self.sinks
 
     def of_next(self, past: list[int], device: torch.device) -> tuple:
         """Index of the slots of the tokens after ``past`` others in tensors ``(batch, heads, slots, ...)``."""
-        slots = [length % self.ring for length in past]
+        slots = [self.sinks + length % self.ring for length in past]
         if len(set(past)) == 1:
             return slice(None), slice(None), slots[0]
         return torch.arange(len(past), device=device), slice(None), torch.tensor(slots, device=device)
@@ -49,19 +55,20 @@ class Layout:
         return (self.slots(level) + group * self.rank + torch.arange(self.rank, device=device)).flatten()
 
     def seen(self, past: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the token after ``past`` ``(batch,)`` others sees, bool: of the ring of tokens ``(batch, ring)``, and of those of groups,
-        level after level, ``(batch, levels * groups)``.
+        """What the token after ``past`` ``(batch,)`` others sees, bool: of the sinks, those before its near field, and of the ring of
+        tokens, ``(batch, sinks + ring)``, and of those of groups, level after level, ``(batch, levels * groups)``.
         """
         last, m = past[:, None], self.block_size
         token = last - (last - torch.arange(self.ring, device=past.device)) % self.ring
-        near = token >= (last // m - 1).clamp(min=0) * m
+        begin = (last // m - 1).clamp(min=0) * m
+        near = torch.cat([torch.arange(self.sinks, device=past.device) < begin, token >= begin], 1)
         own = last // (m << torch.arange(levels, device=past.device).repeat_interleave(self.groups))
         group = own - 1 - (own - 1 - torch.arange(self.groups, device=past.device).repeat(levels)) % self.groups
         return near, (group >= 0) & (own - group >= 2) & (own // 2 - group // 2 <= 1)
 
 
 class Rings:
-    """Keys, or values, of one layer in the slots of a layout.
+    """Keys, or values, or masses of one layer in the slots of a layout.
 
     slots: ``(batch, kv_heads, slots, dim)``. sums: of the open groups of direct summaries after each of the last blocks, ``(blocks,
     batch, kv_heads, levels, rank, dim)``, or None. rows: numbers of some rows of the batch, or None for all. Gradients stop here.
@@ -72,7 +79,11 @@ class Rings:
 
     @property
     def levels(self) -> int:
-        return (self.slots.shape[2] - self.layout.ring) // (self.layout.groups * self.layout.rank)
+        return (self.slots.shape[2] - self.layout.slots(0)) // (self.layout.groups * self.layout.rank)
+
+    def sinks(self, rows: torch.Tensor | None, count: int) -> torch.Tensor:
+        """The first of them, ``(batch, kv_heads, count, dim)``."""
+        return self.slots[:, :, :count] if rows is None else self.slots[rows, :, :count]
 
     def tokens(self, rows: torch.Tensor | None, tokens: range) -> torch.Tensor:
         """``(batch, kv_heads, tokens, dim)``."""
@@ -83,7 +94,11 @@ class Rings:
         return self._read(rows, self.layout.of_groups(level, groups, self.slots.device))
 
     def keep_tokens(self, rows: torch.Tensor | None, last: int, x: torch.Tensor) -> None:
-        """Keeps the newest of the tokens ``(batch, kv_heads, tokens, dim)`` that end before token ``last``."""
+        """Keeps the sinks among the tokens ``(batch, kv_heads, tokens, dim)`` that end before token ``last``, and the newest."""
+        first = last - x.shape[2]
+        if first < self.layout.sinks:
+            sinks = torch.arange(first, min(last, self.layout.sinks), device=self.slots.device)
+            self._write(rows, sinks, x[:, :, : len(sinks)])
         count = min(x.shape[2], self.layout.ring)
         slots = self.layout.of_tokens(range(last - count, last), self.slots.device)
         self._write(rows, slots, x[:, :, x.shape[2] - count :])
@@ -103,6 +118,13 @@ class Rings:
         self.sums[blocks % len(self.sums)][slice(None) if rows is None else rows] = x.to(self.sums.dtype)
 
     # Not inference tensors, even when made in inference mode: they are written to outside of it, too.
+
+    @torch.inference_mode(False)
+    def lay_out(self, layout: Layout) -> None:
+        """Makes room for more sinks."""
+        sinks, others = self.slots.tensor_split([self.layout.sinks], 2)
+        self.slots = torch.cat([nn.functional.pad(sinks, (0, 0, 0, layout.sinks - self.layout.sinks)), others], 2)
+        self.layout = layout
 
     @torch.inference_mode(False)
     def add_level(self) -> None:

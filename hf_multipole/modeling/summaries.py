@@ -189,7 +189,7 @@ def _share(weight: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, size / total.clamp(min=torch.finfo(size.dtype).tiny), 1 / weight.shape[2])
 
 
-def _even_share(weight: torch.Tensor) -> torch.Tensor:
+def even_share(weight: torch.Tensor) -> torch.Tensor:
     """These shares for all channels at once, ``(heads, rank, width, 1)``."""
     return _share(weight).mean(3, keepdim=True)
 
@@ -218,6 +218,7 @@ class Past(NamedTuple):
     block: int  # number of blocks before
     held: list[torch.Tensor]  # what the open groups hold: finished children, a level; of direct summaries: sums, a level
     masses: list[torch.Tensor] | None = None  # where tokens have masses: those of the children (batch, heads, groups, rank); or their sums
+    shares: Callable = even_share  # of weights, to weigh masses by
 
 
 class Grown(NamedTuple):
@@ -284,7 +285,7 @@ class MeanSummary(nn.Module):
     def _even(self, masses: torch.Tensor, levels: int, kernels: bool) -> list[torch.Tensor]:
         """Masses of tokens ``(batch, heads or 1, n)``, summed by shares of all channels: ``(batch, heads, groups, rank)`` a level."""
         heads = max(masses.shape[1], self._mass_shape(1)[0])
-        found = self._maps(masses.expand(-1, heads, -1)[..., None], levels, _even_share, kernels)[1]
+        found = self._maps(masses.expand(-1, heads, -1)[..., None], levels, even_share, kernels)[1]
         return [x.squeeze(-1) for x in found]
 
     def _mean_masses(self, masses: torch.Tensor, validity: torch.Tensor | None, levels: int, kernels: bool) -> list[torch.Tensor]:
@@ -337,18 +338,13 @@ class MeanSummary(nn.Module):
     def _grow(self, tokens, levels: int, past: Past, kernels: bool, token_masses: torch.Tensor | None) -> Grown:
         if past.masses is None:
             return Grown(*self._extend(tokens, levels, past, None, kernels, token_masses))
-        whole = self._whole(past.masses[0], levels)
         weights = None if token_masses is None else token_masses[..., None]
-        held, held_masses = past.held, past.masses
-        if not self.keeps_sums:
-            held = [x * mass[..., None] for x, mass in zip(held, held_masses)]
-            held_masses = [mass * of for mass, of in zip(held_masses, whole)]
+        held = past.held if self.keeps_sums else [x * mass[..., None] for x, mass in zip(past.held, past.masses)]
         found, sums = self._extend(tokens, levels, Past(past.block, held), None, kernels, token_masses)
-        of_masses = Past(past.block, [x[..., None] for x in held_masses])
-        masses, mass_sums = self._extend(weights, levels, of_masses, _even_share, kernels)
-        means = [_ratio(x.squeeze(-1), of) for x, of in zip(masses, whole)]
-        groups = [_ratio(x, mean[..., None]) for x, mean in zip(found, means)]
-        return Grown(groups, sums, means, [x.squeeze(-1) for x in mass_sums])
+        # Finished groups are full, and the shares of their tokens add up to 1.
+        masses, mass_sums = self._extend(weights, levels, Past(past.block, [x[..., None] for x in past.masses]), past.shares, kernels)
+        groups = [_ratio(x, mass) for x, mass in zip(found, masses)]
+        return Grown(groups, sums, [x.squeeze(-1) for x in masses], [x.squeeze(-1) for x in mass_sums])
 
     keeps_sums = False  # whether open groups are sums of their tokens, in place of finished children
 
