@@ -99,15 +99,15 @@ class MultipoleState(Kept):
         rings = []
         # Not inference tensors, even when made in inference mode: they are written to outside of it, too.
         with torch.inference_mode(False):
-            for start, width, plain in (
-                (torch.zeros, k.shape[-1], k.shape[-1] // (2 if rotated else 1)),
-                (torch.zeros, v.shape[-1], v.shape[-1]),
-                (torch.ones, 2, 2),
+            for width, plain in (
+                (k.shape[-1], k.shape[-1] // (2 if rotated else 1)),
+                (v.shape[-1], v.shape[-1]),
+                (2, 2),
             ):
                 sums = torch.zeros(layout.spare + 1, *k.shape[:2], levels, layout.rank, plain, **like) if direct else None
-                rings.append(Rings(layout, start(*k.shape[:2], layout.slots(levels), width, **like), sums))
+                rings.append(Rings(layout, torch.zeros(*k.shape[:2], layout.slots(levels), width, **like), sums))
         self.keys, self.values = rings[:2]
-        # Where there are any: of tokens (sinks counted like others) and, in the mean, of the summaries of keys, and of those of values.
+        # Where there are any: logarithms of those of tokens (of sinks, too), and the mean ones of the summaries of keys, and of values.
         self.masses: Rings | None = rings[2] if salient or self.sink_tokens else None
         self.seen = 0
         self.rows = [Row() for _ in range(len(k))]
@@ -312,7 +312,7 @@ class MultipoleState(Kept):
         for (past, start, count), rows in alike([(row.length, x.start, x.count) for row, x in zip(self.rows, work.new)], self.device):
             part = slice(start, start + count)
             if count:
-                masses = self._masses(k, work.call) if self.masses is not None else None
+                masses = self._log_masses(k, work.call) if self.masses is not None else None
                 some = [x if x is None else x[:, :, part] if rows is None else x[rows, :, part] for x in (q, k, v, masses)]
                 got, kept = self._attend_rows(rows, past, some[0], some[1], some[2], some[3], work)
                 out[slice(None) if rows is None else rows, :, part] = got
@@ -323,10 +323,10 @@ class MultipoleState(Kept):
             write()
         return out
 
-    def _masses(self, k: torch.Tensor, call: Call) -> torch.Tensor:
-        """What new tokens weigh in summaries, ``(batch, kv_heads, n)``, sinks like others."""
+    def _log_masses(self, k: torch.Tensor, call: Call) -> torch.Tensor:
+        """Those of new tokens, ``(batch, kv_heads, n)``."""
         like = self.keys.slots.dtype
-        return k.new_ones(k.shape[:3], dtype=like) if call.log_masses is None else call.log_masses.to(like).exp()
+        return k.new_zeros(k.shape[:3], dtype=like) if call.log_masses is None else call.log_masses.to(like)
 
     def _attend_rows(self, rows, past: int, q, k, v, masses, work: _Work) -> tuple[torch.Tensor, list[Callable]]:
         """Attention of new tokens of rows that all have ``past`` tokens behind them, and what is to be kept: calls that write it."""
@@ -393,11 +393,13 @@ class MultipoleState(Kept):
         counts = None if means is None else [mean * (segment * 2**level) for level, mean in enumerate(means[:levels])]
         return _Brought(near, far[:levels], counts, writes)
 
-    def _of_summaries(self, masses: torch.Tensor, block: int, blocks: int) -> torch.Tensor:
-        """The masses of tokens from ``block`` on, up to ``blocks``, without those of sinks, which are in no summary."""
+    def _of_summaries(self, log_masses: torch.Tensor, block: int, blocks: int) -> torch.Tensor:
+        """What the tokens from ``block`` on, up to ``blocks``, weigh in summaries: sinks nothing."""
         m = self.layout.block_size
-        token = torch.arange(block * m, blocks * m, device=masses.device)
-        return masses[:, :, : len(token)].masked_fill(token < self.sink_tokens, 0)
+        masses = log_masses[:, :, : (blocks - block) * m].exp()
+        if block * m >= self.sink_tokens:
+            return masses
+        return masses.masked_fill(torch.arange(block * m, blocks * m, device=masses.device) < self.sink_tokens, 0)
 
     def _attend_grid(self, grid: Grid, work: _Work) -> tuple[torch.Tensor, list[Callable]]:
         """Attention in the blocks of a grid, and what is to be kept of it beside tokens and groups."""
@@ -411,7 +413,7 @@ class MultipoleState(Kept):
         for side, x in zip((work.keys, work.values), (k, v)):
             side.rings.slots[at] = x[:, :, 0].to(side.rings.slots.dtype)
         if self.salient:
-            self.masses.slots[at] = self._masses(k, work.call)[:, :, 0, None]
+            self.masses.slots[at] = work.call.log_masses.to(self.masses.slots.dtype)
         if min(past) < self.sink_tokens:
             self._keep_sinks(past, k, v)
         if work.kernels:

@@ -32,14 +32,14 @@ class Shares:
     def __setstate__(self, _):
         self.__init__()
 
-    @torch.inference_mode(False)
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or weight.is_inference():
             return even_share(weight)
         now = weight._version, weight.data_ptr(), weight.dtype
         known, share = self._known.get(weight, (None, None))
         if known != now:
-            share = even_share(weight)
+            with torch.inference_mode(False), torch.no_grad():
+                share = even_share(weight)
             self._known[weight] = now, share
         return share
 
