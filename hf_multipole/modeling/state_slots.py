@@ -1,6 +1,7 @@
 """Slots of a generation state: sinks, a ring of tokens and, for each level, a ring of groups, side by side in one tensor."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -51,8 +52,7 @@ class Layout:
         return torch.arange(len(past), device=device), slice(None), torch.tensor(slots, device=device)
 
     def of_groups(self, level: int, groups: range, device: torch.device) -> torch.Tensor:
-        group = torch.arange(groups.start, groups.stop, device=device)[:, None] % self.groups
-        return (self.slots(level) + group * self.rank + torch.arange(self.rank, device=device)).flatten()
+        return _slots_of_groups(self, level, groups.start % self.groups, len(groups), device)
 
     def seen(self, past: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the token after ``past`` ``(batch,)`` others sees, bool: of the sinks, those before its near field, and of the ring of
@@ -65,6 +65,13 @@ class Layout:
         own = last // (m << torch.arange(levels, device=past.device).repeat_interleave(self.groups))
         group = own - 1 - (own - 1 - torch.arange(self.groups, device=past.device).repeat(levels)) % self.groups
         return near, (group >= 0) & (own - group >= 2) & (own // 2 - group // 2 <= 1)
+
+
+@lru_cache(256)  # asked for again and again by the steps of all layers
+@torch.inference_mode(False)
+def _slots_of_groups(layout: Layout, level: int, first: int, count: int, device: torch.device) -> torch.Tensor:
+    group = torch.arange(first, first + count, device=device)[:, None] % layout.groups
+    return (layout.slots(level) + group * layout.rank + torch.arange(layout.rank, device=device)).flatten()
 
 
 class Rings:
