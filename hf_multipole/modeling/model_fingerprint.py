@@ -11,6 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 # Fields of a configuration that do not change what a layer keeps.
 _OPTIONAL = ("dropout", "_token_id", "output_", "initializer_range", "far_bias_init", "use_cache", "return_dict", "version")
 _INDIFFERENT = (*_OPTIONAL, "architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "tie_word_embeddings")
+# Fields that came later, and change nothing where they are not set: states that were saved before belong to their models still.
+_LATER = ("sink_tokens", "saliency")
 # What a layer with adapters (of PEFT) computes with, beside its tensors.
 _SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
@@ -29,6 +31,7 @@ def fingerprint(model: nn.Module) -> str:
     model = backbone(model)
     config: Any = model.config
     fields = {name: x for name, x in config.to_dict().items() if not any(part in f"{name}_" for part in _INDIFFERENT)}
+    fields = {name: x for name, x in fields.items() if name not in _LATER or x not in (0, False)}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     adapted = {name: module for name, module in model.named_modules() if isinstance(getattr(module, "disable_adapters", None), bool)}
     idle = tuple(part for name, module in adapted.items() for part in _idle(name, module))

@@ -145,7 +145,7 @@ class MultipoleLayer(KeptLayer):
                 "the cache was begun with another context: extend_context was called, or max_position_embeddings changed, since; use a new "
                 "cache"
             )
-        state.check_masses(options.sink_tokens, salient)
+        state.check_masses(options.sinks(causal=True), salient)
 
     def attend(self, q, k, v, new: list[NewTokens], call: Call, rotary: Callable | None = None) -> torch.Tensor:
         """:meth:`MultipoleState.attend`, after making the state where there is none yet."""
@@ -157,7 +157,7 @@ class MultipoleLayer(KeptLayer):
             # Room for those of training; where these are not known, it grows.
             summary: Any = call.key_summary
             levels = len(summary.levels) if direct else 1 if call.max_levels is None else call.max_levels
-            layout = Layout.for_rollback(options.block_size, options.rank, self.rollback, options.sink_tokens)
+            layout = Layout.for_rollback(options.block_size, options.rank, self.rollback, options.sinks(causal=True))
             kind = LinearState if options.downsample_queries else MultipoleState
             how = {"direct": direct, "rotated": rotary is not None, "max_levels": call.max_levels, "salient": salient}
             state = kind(q, k, v, layout, levels, **how)

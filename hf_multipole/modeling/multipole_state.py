@@ -244,7 +244,7 @@ class MultipoleState(Kept):
         and, behind them, the plain ones.
         """
         self.check_tokens(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device)
-        self.check_masses(call.options.sink_tokens, call.log_masses is not None)
+        self.check_masses(call.options.sinks(causal=True), call.log_masses is not None)
         self.check(new)
         if rotary is not None and any(x.count and x.position is None for x in new):
             raise ValueError("rotate_summaries needs position_ids that go up by one where there is a cache; pass use_cache=False")

@@ -8,6 +8,8 @@ KINDS = [{"summary": "hierarchical"}, {"summary": "mean"}, {"summary": "direct"}
 KINDS += [{"summary": "direct", "rotate_summaries": True}, {"max_position_embeddings": 4 * BLOCK}]
 LINEAR = ["multipole_linear_attention"] * 2
 KINDS += [{"layer_types": LINEAR, "summary": kind} for kind in ("hierarchical", "direct")]
+KINDS += [{"sink_tokens": 3}, {"saliency": True, "sink_tokens": 2 * BLOCK + 1}, {"saliency": True, "summary": "direct"}]
+KINDS += [{"layer_types": LINEAR, "saliency": True, "sink_tokens": 4, "rotate_summaries": False}]
 FULL_FIRST = HYBRID[1:]
 
 

@@ -41,7 +41,9 @@ def turned(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
 
-def text(n, left, *, kind="mean", heads=4, kv_heads=2, rotated=False, salient=False, bias=False, seed=0, max_levels=None, **options) -> Text:
+def text(
+    n, left, *, kind="mean", heads=4, kv_heads=2, rotated=False, salient=False, bias=False, seed=0, max_levels=None, **options
+) -> Text:
     """``softcap`` and the fields of MultipoleOptions among ``options``."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,7 +64,7 @@ def text(n, left, *, kind="mean", heads=4, kv_heads=2, rotated=False, salient=Fa
     far_keys, k = (k, turned(k, place[:, None])) if rotated else (None, k)
     softcap = options.pop("softcap", None)
     call = Call(
-        MultipoleOptions(block_size=BLOCK, rank=RANK, **options),
+        MultipoleOptions(block_size=BLOCK, rank=RANK, **{"sink_tokens": 0} | options),
         *summaries,
         far_bias=normal(heads, 2) if bias else None,
         max_levels=max_levels,
@@ -89,7 +91,7 @@ def expected(given: Text) -> torch.Tensor:
         value_summary=call.value_summary,
         far_keys=given.far_keys,
         log_masses=given.log_masses,
-        sink_tokens=call.options.sink_tokens,
+        sink_tokens=call.options.sinks(causal=True),
         attention_mask=torch.arange(n) >= torch.tensor(given.left)[:, None],
         size_weighting=call.options.size_weighting,
         far_bias=call.far_bias,
@@ -104,7 +106,7 @@ def begin(given: Text) -> MultipoleState:
     call, n, direct = given.call, given.q.shape[2], isinstance(given.call.key_summary, DirectSummary)
     rotated = given.far_keys is not None
     keys = torch.cat([given.k, given.far_keys], -1) if rotated else given.k
-    layout = Layout(BLOCK, RANK, SPARE, call.options.sink_tokens)
+    layout = Layout(BLOCK, RANK, SPARE, call.options.sinks(causal=True))
     levels = level_count(max(n, 2 * BLOCK + 1), BLOCK) if direct else 1 if call.max_levels is None else call.max_levels
     how = {"direct": direct, "rotated": rotated, "max_levels": call.max_levels, "salient": given.log_masses is not None}
     return (LinearState if call.options.downsample_queries else MultipoleState)(given.q, keys, given.v, layout, levels, **how)
@@ -118,9 +120,7 @@ def read(state: MultipoleState, given: Text, start: int, stop: int) -> torch.Ten
     keys = given.k if given.far_keys is None else torch.cat([given.k, given.far_keys], -1)
     masses = None if given.log_masses is None else given.log_masses[:, :, part]
     call = given.call._replace(log_masses=masses)
-    return state.attend(
-        given.q[:, :, part], keys[:, :, part], given.v[:, :, part], new, call, None if given.far_keys is None else turned
-    )
+    return state.attend(given.q[:, :, part], keys[:, :, part], given.v[:, :, part], new, call, None if given.far_keys is None else turned)
 
 
 def saved(state: MultipoleState, without: tuple[str, ...] = ()) -> MultipoleState:

@@ -84,6 +84,25 @@ def _saved(path):
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
+@pytest.mark.parametrize("kind", [{}, {"layer_types": LINEAR}, {"summary": "direct"}], ids=str)
+def test_a_state_saved_before_there_were_sinks_goes_on(kind, tmp_path, monkeypatch):
+    model, path = build(**kind), tmp_path / "state.safetensors"
+    _, cache = run(model, tokens(), [40], cache=MultipoleCache(config=model.config))
+    fields = {name: x for name, x in model.config.to_dict().items() if name not in ("sink_tokens", "saliency")}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.config), "to_dict", lambda self: fields)
+        cache.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | {"format": "hf_multipole state 3"}
+    layers = [
+        {name: x for name, x in layer.items() if name not in ("sinks", "sink_tokens", "salient")}
+        for layer in json.loads(metadata["layers"])
+    ]
+    save_file(_saved(path), path, metadata | {"layers": json.dumps(layers)})
+    expected, _ = run(model, tokens(), [1] * 35, cache=cache)
+    torch.testing.assert_close(run(model, tokens(), [1] * 35, cache=MultipoleCache.load(path, model))[0], expected, atol=0, rtol=0)
+
+
 def test_states_of_other_models_and_damaged_files_are_refused(tmp_path):
     model, path = build(), tmp_path / "state.safetensors"
     _, cache = run(model, tokens(), [40], cache=MultipoleCache(config=model.config))
@@ -203,6 +222,18 @@ def test_a_mask_that_contradicts_the_state(filled, columns):
     if columns == slice(0, 5):
         mask[0, 0] = 0
     check_refused(filled, "attention_mask contradicts the cache", attention_mask=mask)
+
+
+@pytest.mark.parametrize("own", [{}, {"sink_tokens": 3}, {"saliency": True}], ids=str)
+@pytest.mark.parametrize("other", [{}, {"sink_tokens": 4}, {"saliency": True, "sink_tokens": 3}], ids=str)
+def test_a_model_of_other_sinks_or_masses(own, other):
+    model = build(**own)
+    _, cache = run(model, tokens(), [40])
+    if own != other:
+        with pytest.raises(ValueError, match="filled by another model: it has . sinks and .*masses of tokens, but this model has . sinks"):
+            run(build(**other), tokens(), [1], cache=cache)
+    logits, _ = run(model, tokens(), [1, 34], cache=cache)
+    torch.testing.assert_close(logits, model(tokens(), use_cache=False).logits[:, 40:], **CLOSE)
 
 
 def test_a_mask_that_is_left_out(filled):

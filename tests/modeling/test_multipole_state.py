@@ -145,7 +145,7 @@ def test_the_size_does_not_grow(kind):
     assert len(set(sizes)) == 1
     state = states(cache)[0]
     # 64 tokens can be taken back: 8 blocks beside the two that are seen, and 8 groups beside the three of each of 6 levels.
-    slots = (2 + 8) * BLOCK + 6 * (3 + 8) * RANK
+    slots = kind.get("sink_tokens", 0) + (2 + 8) * BLOCK + 6 * (3 + 8) * RANK
     assert state.keys.slots.shape[2] == state.values.slots.shape[2] == slots
 
 

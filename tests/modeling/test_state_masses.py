@@ -26,7 +26,7 @@ def follow(state, tokens, plan):
             stop = min(last, done + size)
             stray = tokens._replace(k=-tokens.k, v=tokens.v + 5)
             if stop > done:
-                for start, end in ([(done, stop)] if size % 2 else [(i, i + 1) for i in range(done, stop)]):
+                for start, end in [(done, stop)] if size % 2 else [(i, i + 1) for i in range(done, stop)]:
                     read(state, stray, start, end)
                 state.take_back(stop - done)
         elif what == "save":
@@ -39,6 +39,50 @@ def follow(state, tokens, plan):
         for row, count in enumerate(hidden):
             torch.testing.assert_close(out[row, :, count:], true[row, :, count:], **CLOSE)
     return state, done
+
+
+def test_room_for_sinks_grows_with_the_rows():
+    """However many are asked for, there is room for no more than twice as many as a row has tokens."""
+    tokens = text(50, [0, 30], sink_tokens=10**9, salient=True)
+    state, done = begin(tokens), 0
+    for size in [1] * 9 + [20] + [1] * 21:
+        read(state, tokens, done, done + size)
+        done += size
+        assert max(done, BLOCK) <= state.layout.sinks <= max(2 * done + 2, BLOCK)
+    assert begin(text(50, [0], sink_tokens=3)).layout.sinks == 3
+    # None where nothing was asked for.
+    plain = begin(text(50, [0]))
+    assert plain.layout.sinks == 0 and set(plain.tensors()) == {"keys", "values"}
+
+
+def test_masses_go_with_changed_weights():
+    """What is remembered of weights is forgotten as they change."""
+    tokens = text(48, [0], kind="hierarchical", salient=True)
+    follow(begin(tokens), tokens, [("read", 1)] * 24)
+    state = begin(tokens)
+    with torch.no_grad():
+        for start in range(0, 24):
+            read(state, tokens, start, start + 1)
+        for summary in (tokens.call.key_summary, tokens.call.value_summary):
+            for weight in summary.parameters():
+                weight.mul_(torch.linspace(0.5, 2, weight[0, 0].numel()).view(weight.shape[2:]))
+        fresh = begin(tokens)
+        fresh.shares = state.shares
+        out = torch.cat([read(fresh, tokens, start, start + 1) for start in range(48)], 2)
+    torch.testing.assert_close(out, expected(tokens), **CLOSE)
+
+
+@pytest.mark.parametrize("downsample", [False, True])
+def test_gradients_reach_masses_of_new_tokens(downsample):
+    tokens = text(50, [0], kind="hierarchical", salient=True, sink_tokens=3, downsample_queries=downsample)
+    grads = []
+    for attend in (expected, lambda given: read(begin(given), given, 0, 50)):
+        leaves = [x.clone().requires_grad_() for x in (tokens.q, tokens.k, tokens.v, tokens.log_masses)]
+        q, k, v, log_masses = leaves
+        out = attend(tokens._replace(q=q, k=k, v=v, log_masses=log_masses))
+        grads.append(torch.autograd.grad(out.square().sum(), leaves))
+    for want, got in zip(*grads):
+        torch.testing.assert_close(got, want, **CLOSE)
 
 
 steps = st.one_of(
