@@ -159,7 +159,7 @@ class MultipoleLayer(KeptLayer):
             levels = len(summary.levels) if direct else 1 if call.max_levels is None else call.max_levels
             layout = Layout.for_rollback(options.block_size, options.rank, self.rollback, options.sinks(causal=True))
             kind = LinearState if options.downsample_queries else MultipoleState
-            how = {"direct": direct, "rotated": rotary is not None, "max_levels": call.max_levels, "salient": salient}
+            how: dict[str, Any] = {"direct": direct, "rotated": rotary is not None, "max_levels": call.max_levels, "salient": salient}
             state = kind(q, k, v, layout, levels, **how)
         means = MeanSummary(options.block_size, options.rank)
         call = call._replace(key_summary=call.key_summary or means, value_summary=call.value_summary or means)
