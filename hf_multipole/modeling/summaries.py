@@ -250,6 +250,10 @@ class MeanSummary(nn.Module):
         tokens, means = _map(tokens, self.block_size // self.rank, None, kernels, masses)
         return tokens, _groups(means, self.rank)
 
+    def _first_masses(self, masses: torch.Tensor, weigh: Callable) -> torch.Tensor:
+        """:meth:`_first` for masses ``(batch, heads, n, 1)`` of a few blocks, as a decoding step has them."""
+        return self._first(masses, weigh)[1]
+
     def _merge(self, children: torch.Tensor, weigh: Callable | None, kernels: bool = False) -> torch.Tensor:
         """Summaries ``(batch, heads, groups, 2 * rank, dim)`` of pairs of groups to those of their parents."""
         return children.unflatten(3, (self.rank, 2)).mean(4)
@@ -264,7 +268,10 @@ class MeanSummary(nn.Module):
 
     def _extend(self, tokens, levels: int, past: Past, weigh: Callable | None, kernels: bool, masses=None):
         """The groups of each level that ``tokens``, whole blocks or None, finish, and what the open groups hold then."""
-        new = past.held[0][:, :, :0] if tokens is None else self._first(tokens, weigh, kernels, masses)[1]
+        if tokens is None:
+            new = past.held[0][:, :, :0]
+        else:
+            new = self._first(tokens, None, kernels, masses)[1] if weigh is None else self._first_masses(tokens, weigh)
         out = [new]
         for held in past.held[: levels - 1]:
             children = torch.cat([held.to(new.dtype), new], 2)
@@ -390,6 +397,10 @@ class HierarchicalSummary(_LearnedSummary):
 
     def _first(self, tokens, weigh, kernels=False, masses=None):
         return _map(tokens, self.block_size, weigh(self.tokens) if weigh else self.tokens, kernels, masses)
+
+    def _first_masses(self, masses, weigh):
+        tokens = masses.squeeze(-1).unflatten(2, (-1, 1, self.block_size))
+        return (tokens * weigh(self.tokens).squeeze(-1)[:, None]).sum(-1, keepdim=True)
 
     def _merge(self, children, weigh, kernels=False):
         weight = weigh(self.merge) if weigh else self.merge
