@@ -261,8 +261,8 @@ def run_kernels(q, k, v, far_k, far_v, listing: Listing, call: Call, log_counts=
 
     far_bias = None if call.far_bias is None else call.far_bias.to(far_k.dtype)
     settings = call.causal, call.options.size_weighting, call.scale, call.softcap
-    first, last = stretch
-    out, binary = attention(*KernelBlocks(q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, *listing, *settings))
+    of_sinks = (None, None, None) if sinks is None else sinks
+    out, binary = attention(*KernelBlocks(q, k, v, far_k, far_v, log_counts, far_bias, document, *stretch, *of_sinks, *listing, *settings))
     return out, binary * math.log(2)
 
 

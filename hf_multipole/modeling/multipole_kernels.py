@@ -1,11 +1,12 @@
 """The kernels of multipole attention, written in Triton.
 
 A program of the forward pass holds some queries of one block, so that they share their interaction lists. It goes over the
-keys of the neighbouring blocks and then over the listed summaries of all levels, a tile at a time, with one running softmax
-(FlashAttention-2, arXiv 2307.08691); lists and biases are worked out in the program from integers, so that nothing but the
+keys of the neighbouring blocks, then over the listed summaries of all levels and over the sinks, a tile at a time, with one running
+softmax (FlashAttention-2, arXiv 2307.08691); lists and biases are worked out in the program from integers, so that nothing but the
 arguments, the output and one number a query is in memory. The backward pass has a program for the same queries, one for some
 keys of a block, and, since the queries that see a coarse group are a good part of the row, one for a fixed number of blocks of
-queries and one level; their partial sums meet in a last kernel, always in the same order.
+queries and one level; their partial sums meet in a last kernel, always in the same order. Those of sinks, which nearly all queries see,
+are made in the same way, and summed by PyTorch.
 
 Logits are in units of log 2; products are taken in the arguments' dtype (float32: without TF32) and summed in float32. The strides
 of a tensor are named after it: q_b, q_h and q_n of batch rows, heads and tokens. Tensors without them are contiguous.
@@ -93,6 +94,18 @@ def _near(
 
 
 @triton.jit
+def _sink_tile(
+    start, sinks, hidden_, sink_k_, sink_v_, dtype: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of some sinks of one block, from ``start`` on, zeros where they are hidden; and which of them are seen."""
+    column = start + tl.arange(0, BLOCK)
+    seen = tl.load(hidden_ + column, column < sinks, 1) == 0
+    k = round_to(load_rows(sink_k_, column, DIM, seen, DIM, BLOCK_D), dtype)
+    return k, round_to(load_rows(sink_v_, column, WIDTH, seen, WIDTH, BLOCK_W), dtype), seen
+
+
+@triton.jit
 def _place(tiles, blocks, block_size, heads, repeats, BLOCK: tl.constexpr):
     """A program for some tokens of one block: its batch row, head, key head, block, first token, tokens, and which of them there are."""
     block = tl.program_id(0) // tiles % blocks
@@ -107,11 +120,11 @@ def _place(tiles, blocks, block_size, heads, repeats, BLOCK: tl.constexpr):
 
 @triton.jit
 def forward(
-    q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, table, out_, lse_,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n, counts_b, counts_h, document_b,
-    tiles, blocks, block_size, heads, repeats, begin, levels, summaries, biases, size, scale, softcap,
+    q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, sink_k_, sink_v_, hidden_, table, out_, lse_,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n, counts_b, counts_h, document_b, hidden_b,
+    tiles, blocks, block_size, heads, repeats, begin, levels, summaries, lists, sinks, biases, size, scale, softcap,
     CAUSAL: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     SIDES: tl.constexpr = 1 if CAUSAL else 2
     batch, head, kv_head, block, start, query, real = _place(tiles, blocks, block_size, heads, repeats, BLOCK_M)
@@ -163,6 +176,16 @@ def forward(
         x, _ = logits(q, k, scale, softcap)
         acc, top, total = absorb(x + bias[None, :], v, acc, top, total)
 
+    if sink_k_ is not None:
+        hidden_ += batch * hidden_b + block * sinks
+        listed = ((batch * (heads // repeats) + kv_head) * lists + block % lists) * sinks
+        sink_k_ += listed * DIM
+        sink_v_ += listed * WIDTH
+        for column in range(0, sinks, BLOCK_S):
+            k, v, seen = _sink_tile(column, sinks, hidden_, sink_k_, sink_v_, q.dtype, DIM, WIDTH, BLOCK_D, BLOCK_W, BLOCK_S)
+            x, _ = logits(q, k, scale, softcap)
+            acc, top, total = absorb(tl.where(seen[None, :], x, float("-inf")), v, acc, top, total)
+
     store_rows(out_ + batch * out_b + head * out_h, query, out_n, real, acc / total[:, None], WIDTH, BLOCK_W)
     tl.store(lse_ + (batch * heads + head) * slots + query, top + tl.log2(total), real)
 
@@ -176,12 +199,13 @@ def _logit_gradient(x, lse, grad, v, delta, seen):
 
 @triton.jit
 def backward_queries(
-    grad_, grad_lse_, out_, q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, table, lse_, delta_, grad_q_,
+    grad_, grad_lse_, out_, q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, sink_k_, sink_v_, hidden_,
+    table, lse_, delta_, grad_q_,
     grad_b, grad_h, grad_n, out_b, out_h, out_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, grad_q_b, grad_q_h, grad_q_n,
-    counts_b, counts_h, document_b,
-    tiles, blocks, block_size, heads, repeats, begin, levels, summaries, biases, size, scale, softcap,
+    counts_b, counts_h, document_b, hidden_b,
+    tiles, blocks, block_size, heads, repeats, begin, levels, summaries, lists, sinks, biases, size, scale, softcap,
     CAUSAL: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries; also keeps ``delta`` for the other kernels: what is taken from the slope of every logit of a query, the
     product of its output and the output's gradient, less what comes through its log-sum-exp.
@@ -236,6 +260,17 @@ def backward_queries(
         x, slope = logits(q, k, scale, softcap)
         _, inner = _logit_gradient(x + bias[None, :], lse[:, None], grad, v, delta[:, None], seen[None, :])
         acc += dot(round_to(inner * slope, k.dtype), k)
+
+    if sink_k_ is not None:
+        hidden_ += batch * hidden_b + block * sinks
+        listed = ((batch * (heads // repeats) + kv_head) * lists + block % lists) * sinks
+        sink_k_ += listed * DIM
+        sink_v_ += listed * WIDTH
+        for column in range(0, sinks, BLOCK_S):
+            k, v, seen = _sink_tile(column, sinks, hidden_, sink_k_, sink_v_, q.dtype, DIM, WIDTH, BLOCK_D, BLOCK_W, BLOCK_S)
+            x, slope = logits(q, k, scale, softcap)
+            _, inner = _logit_gradient(x, lse[:, None], grad, v, delta[:, None], seen[None, :])
+            acc += dot(round_to(inner * slope, k.dtype), k)
     store_rows(grad_q_ + batch * grad_q_b + head * grad_q_h, query, grad_q_n, real, acc * scale, DIM, BLOCK_D)
 
 
@@ -278,6 +313,47 @@ def backward_keys(
             grad_k += dot(round_to(inner, q.dtype), q)
     store_rows(grad_k_ + batch * grad_k_b + kv_head * grad_k_h, key, grad_k_n, real, grad_k * scale, DIM, BLOCK_D)
     store_rows(grad_v_ + batch * grad_v_b + kv_head * grad_v_h, key, grad_v_n, real, grad_v, WIDTH, BLOCK_W)
+
+
+@triton.jit
+def backward_sinks(
+    grad_, q_, sink_k_, sink_v_, hidden_, lse_, delta_, part_k_, part_v_,
+    grad_b, grad_h, grad_n, q_b, q_h, q_n, hidden_b,
+    tiles, pieces, span, blocks, block_size, kv_heads, repeats, lists, sinks, scale, softcap,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """What ``span`` blocks of queries give to some of their sinks; parts ``(rows, pieces, sinks, dim)``."""
+    column = tl.program_id(0) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
+    piece = tl.program_id(0) // tiles % pieces
+    row = (tl.program_id(0) // tiles // pieces).to(tl.int64)
+    batch, kv_head = row // kv_heads, row % kv_heads
+    slots = blocks * block_size
+    listed = (row * lists + piece % lists) * sinks
+    k = round_to(load_rows(sink_k_ + listed * DIM, column, DIM, column < sinks, DIM, BLOCK_D), q_.dtype.element_ty)
+    v = round_to(load_rows(sink_v_ + listed * WIDTH, column, WIDTH, column < sinks, WIDTH, BLOCK_W), q_.dtype.element_ty)
+    part_k = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    part_v = tl.zeros([BLOCK_S, BLOCK_W], tl.float32)
+    low = piece * span * block_size
+    high = tl.minimum(low + span * block_size, slots)
+    for repeat in range(repeats):
+        head = kv_head * repeats + repeat
+        for query_start in range(low, high, BLOCK_M):
+            query = query_start + tl.arange(0, BLOCK_M)
+            q = load_rows(q_ + batch * q_b + head * q_h, query, q_n, query < high, DIM, BLOCK_D)
+            grad = load_rows(grad_ + batch * grad_b + head * grad_h, query, grad_n, query < high, WIDTH, BLOCK_W)
+            lse = tl.load(lse_ + (batch * kv_heads * repeats + head) * slots + query, query < high, float("inf"))
+            delta = tl.load(delta_ + (batch * kv_heads * repeats + head) * slots + query, query < high, 0.0)
+            there = (column < sinks)[:, None] & (query < high)[None, :]
+            at = hidden_ + batch * hidden_b + column[:, None] + (query // block_size * sinks)[None, :]
+            seen = tl.load(at, there, 1) == 0
+            x, slope = logits(k, q, scale, softcap)
+            weights = tl.where(seen, tl.exp2(x - lse[None, :]), 0.0)
+            inner = tl.where(seen, weights * (dot(v, tl.trans(grad)) - delta[None, :]), 0.0) * slope
+            part_v += dot(round_to(weights, grad.dtype), grad)
+            part_k += dot(round_to(inner, q.dtype), q)
+    at = (row * pieces + piece) * sinks
+    store_rows(part_k_ + at * DIM, column, DIM, column < sinks, part_k * scale, DIM, BLOCK_D)
+    store_rows(part_v_ + at * WIDTH, column, WIDTH, column < sinks, part_v, WIDTH, BLOCK_W)
 
 
 # Long: one loop in which logits, slopes and both products stay in registers.

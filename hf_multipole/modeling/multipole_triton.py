@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from .multipole_kernels import add_parts, backward_keys, backward_queries, backward_summaries, forward
+from .multipole_kernels import add_parts, backward_keys, backward_queries, backward_sinks, backward_summaries, forward
 from .operators import define
 from .triton_common import launch, tile_size, triton
 
 # Of this copy of the file: to define an operator again, when the code of a checkpoint is loaded too, breaks the first one.
 _NAMESPACE = __name__.replace(".", "_")
 
-_UNIT = 512  # tokens whose gradients a program for summaries sums: enough to fill it, few enough for many programs
+_UNIT = 512  # tokens whose gradients a program for summaries, or for sinks, sums: enough to fill it, few enough for many programs
 
 
 @lru_cache(maxsize=256)
@@ -51,6 +51,11 @@ class KernelBlocks(NamedTuple):
     document: torch.Tensor | None  # (batch or 1, slots)
     first: torch.Tensor | None  # (batch, blocks), as in an Alignment
     last: torch.Tensor | None
+    sink_k: (
+        torch.Tensor | None
+    )  # (batch, kv_heads, lists, sinks, dim): tokens that blocks see besides; one list for all blocks, or one each
+    sink_v: torch.Tensor | None
+    sink_hidden: torch.Tensor | None  # (batch or 1, blocks, sinks) bool: which of them a block does not see
     begins: Sequence[int]  # of each level, the first group that far_k holds
     counts: Sequence[int]  # and how many from there on
     block_size: int
@@ -77,12 +82,22 @@ def _arguments(given: KernelBlocks) -> dict:
         far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
         document_=document, document_b=0 if document is None else document.expand(batch, -1).stride(0),
         first_=given.first, last_=given.last,
+        **_sinks(given),
         table=_table((tuple(given.begins), tuple(counts), _before(counts)), q.device), levels=len(counts), summaries=summaries,
         rows=batch * kv_heads, heads=heads, kv_heads=kv_heads, repeats=heads // kv_heads,
         blocks=slots // block_size, block_size=block_size, begin=given.first_block, RANK=rank, CAUSAL=given.causal,
         size=math.log2(block_size / rank) if given.size_weighting else None, scale=given.scale, softcap=given.softcap,
         DIM=dim, WIDTH=value_dim, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(value_dim),
     )  # fmt: skip
+
+
+def _sinks(given: KernelBlocks) -> dict:
+    """Arguments for the sinks; the kernels leave out what is None."""
+    if given.sink_k is None:
+        return dict(sink_k_=None, sink_v_=None, hidden_=None, hidden_b=0, lists=1, sinks=0)
+    hidden = given.sink_hidden.contiguous().view(torch.int8)
+    own = dict(sink_k_=given.sink_k.contiguous(), sink_v_=given.sink_v.contiguous(), lists=given.sink_k.shape[2], sinks=hidden.shape[2])
+    return own | dict(hidden_=hidden, hidden_b=hidden.expand(len(given.q), -1, -1).stride(0))
 
 
 def _tiles(arguments: dict) -> tuple[dict, int]:
@@ -96,7 +111,8 @@ def _tiles(arguments: dict) -> tuple[dict, int]:
     else:
         rows, columns, far, warps = (64, 32, 32, 4) if dim <= 128 else (32, 32, 16, 4)
     most = tile_size(arguments["block_size"])
-    return dict(BLOCK_M=min(rows, most), BLOCK_N=min(columns, most), BLOCK_F=far), max(1, warps * min(rows, most) // rows)
+    tiles = dict(BLOCK_M=min(rows, most), BLOCK_N=min(columns, most), BLOCK_F=far, BLOCK_S=min(far, tile_size(arguments["sinks"])))
+    return tiles, max(1, warps * min(rows, most) // rows)
 
 
 def _over_blocks(arguments: dict, block: int, rows: int) -> tuple[int, dict]:
@@ -112,7 +128,7 @@ def _outputs(given: KernelBlocks) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # What gradients are for.
-_DIFFERENTIABLE = ("q", "k", "v", "far_k", "far_v", "log_counts", "far_bias")
+_DIFFERENTIABLE = ("q", "k", "v", "far_k", "far_v", "log_counts", "far_bias", "sink_k", "sink_v")
 
 
 def _forward(given: KernelBlocks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,9 +147,23 @@ def _gradients(q, k, v, far_k, far_v) -> list[torch.Tensor]:
     return of_tokens + [torch.empty_like(x, memory_format=contiguous) for x in (far_k, far_v)]
 
 
+def _sink_gradients(given: KernelBlocks, arguments: dict, warps: int) -> list[torch.Tensor]:
+    """Those of the sinks' keys and values, after delta is known."""
+    if given.sink_k is None:
+        return [given.q.new_empty(0) for _ in range(2)]
+    batch, kv_heads, lists, sinks, _ = given.sink_k.shape
+    blocks, rows = arguments["blocks"], batch * kv_heads
+    span = max(1, _UNIT // given.block_size) if lists == 1 else 1
+    pieces, tiles = triton.cdiv(blocks, span), triton.cdiv(sinks, arguments["BLOCK_S"])
+    parts = [given.q.new_empty(batch, kv_heads, pieces, sinks, x.shape[-1], dtype=torch.float32) for x in (given.sink_k, given.sink_v)]
+    own = dict(part_k_=parts[0], part_v_=parts[1], span=span, pieces=pieces, tiles=tiles)
+    launch(backward_sinks, given.q.device, rows * pieces * tiles, arguments | own, num_warps=warps)
+    return [(x.sum(2, keepdim=True) if lists == 1 else x).to(like.dtype) for x, like in zip(parts, (given.sink_k, given.sink_v))]
+
+
 def _backward(given: KernelBlocks, grads, outputs) -> tuple[torch.Tensor, ...]:
     (grad, grad_lse), (out, lse), arguments = grads, outputs, _arguments(given)
-    q, k, v, far_k, far_v, log_counts, far_bias = (getattr(given, name) for name in _DIFFERENTIABLE)
+    q, k, v, far_k, far_v, log_counts, far_bias = (getattr(given, name) for name in _DIFFERENTIABLE[:7])
     counts, block_size, rank, causal, first_block = given.counts, given.block_size, given.rank, given.causal, given.first_block
     rows, repeats, levels, device = arguments["rows"], arguments["repeats"], len(counts), q.device
     grad = torch.zeros_like(out) if grad is None else _dense(grad)
@@ -154,9 +184,10 @@ def _backward(given: KernelBlocks, grads, outputs) -> tuple[torch.Tensor, ...]:
     # The queries first: they make delta.
     launch(backward_queries, device, *_over_blocks(arguments, tiles["BLOCK_M"], rows * repeats), num_warps=warps)
     launch(backward_keys, device, *_over_blocks(arguments, tiles["BLOCK_N"], rows), num_warps=warps)
+    of_sinks = _sink_gradients(given, arguments, warps)
     grad_counts, grad_bias = (q.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in (log_counts, far_bias))
     if not levels:
-        return *grads, grad_counts, grad_bias
+        return *grads, grad_counts, grad_bias, *of_sinks
 
     # Blocks of queries in a program for summaries, a power of two.
     unit = max(2, triton.next_power_of_2(min(_UNIT // block_size, arguments["blocks"])))
@@ -186,9 +217,9 @@ def _backward(given: KernelBlocks, grads, outputs) -> tuple[torch.Tensor, ...]:
         by_level = sums.sum(3).unflatten(0, k.shape[:2]).sum(0).split(pieces, 2)
         for level, x in enumerate(by_level):
             grad_bias[:, min(level, far_bias.shape[1] - 1)] += x.sum(2).flatten()
-    return *grads, grad_counts, grad_bias
+    return *grads, grad_counts, grad_bias, *of_sinks
 
 
 # ``(KernelBlocks) -> (batch, heads, slots, value_dim)`` and, of each query, the logarithm to base 2 of the sum that normalises it:
-# attention of whole blocks of queries to their neighbouring blocks and to the summaries that the hierarchy lists.
+# attention of whole blocks of queries to their neighbouring blocks, to the summaries that the hierarchy lists, and to sinks.
 attention = define(_NAMESPACE + "::attention", KernelBlocks, _forward, _outputs, _backward, _DIFFERENTIABLE, outputs=2)

@@ -13,23 +13,26 @@ _NAMESPACE = __name__.replace(".", "_")
 
 
 @triton.jit
-def _visible(slot, last, ring, groups, levels, block_size, RANK: tl.constexpr):
+def _visible(slot, last, sinks, ring, groups, levels, block_size, RANK: tl.constexpr):
     """Which slots the token after ``last`` others sees, its own among them; and the level of each, counted from 0."""
-    token = last - (last + ring - slot) % ring
-    near = (slot < ring) & (token >= tl.maximum(last // block_size - 1, 0) * block_size)
-    place = tl.maximum(slot - ring, 0) // RANK
+    first = tl.maximum(last // block_size - 1, 0) * block_size  # of the near field
+    place = slot - sinks
+    near = (place >= 0) & (place < ring) & (last - (last + ring - place) % ring >= first)
+    near |= slot < tl.minimum(sinks, first)
+    far = place >= ring
+    place = tl.maximum(place - ring, 0) // RANK
     level = tl.minimum(place // groups, levels)
     own = last // (block_size << level)
     group = own - 1 - (own - 1 + groups - place % groups) % groups
-    far = (slot >= ring) & (level < levels) & (group >= 0) & (own - group >= 2) & (own // 2 - group // 2 <= 1)
+    far &= (level < levels) & (group >= 0) & (own - group >= 2) & (own // 2 - group // 2 <= 1)
     return near, far, level
 
 
 @triton.jit(do_not_specialize=["length"])
 def _step(
-    q_, keys_, values_, lengths_, far_bias_, far_, out_,
-    q_b, q_h, keys_b, keys_h, keys_n, values_b, values_h, values_n, far_b, far_h, far_n,
-    length, kv_heads, repeats, slots, ring, groups, levels, block_size, biases, segments, size, scale, softcap,
+    q_, keys_, values_, lengths_, far_bias_, counts_, far_, out_,
+    q_b, q_h, keys_b, keys_h, keys_n, values_b, values_h, values_n, far_b, far_h, far_n, counts_b, counts_h,
+    length, kv_heads, repeats, slots, sinks, ring, groups, levels, block_size, biases, segments, size, scale, softcap,
     RANK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -53,12 +56,15 @@ def _step(
         total = tl.full([BLOCK_M], 1.0, tl.float32)
     for start in range(0, slots, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        near, far, level = _visible(slot, last, ring, groups, levels, block_size, RANK)
+        near, far, level = _visible(slot, last, sinks, ring, groups, levels, block_size, RANK)
         k = load_rows(keys_ + row * keys_b + kv_head * keys_h, slot, keys_n, near | far, DIM, BLOCK_D)
         v = load_rows(values_ + row * values_b + kv_head * values_h, slot, values_n, near | far, WIDTH, BLOCK_W)
         x, _ = logits(q, k, scale, softcap)
         bias = tl.zeros_like(x)
-        if size is not None:
+        if counts_ is not None:
+            at = counts_ + row * counts_b + kv_head * counts_h + slot - sinks - ring
+            bias += tl.load(at, far, 0.0)[None, :] * LOG2E
+        elif size is not None:
             bias += tl.where(far, size + level, 0.0)[None, :]
         if far_bias_ is not None:
             column = tl.minimum(level, biases - 1)
@@ -75,13 +81,15 @@ class Step(NamedTuple):
     """Arguments of the operator :func:`step`."""
 
     q: torch.Tensor  # (batch, heads, dim)
-    keys: torch.Tensor  # float32 (batch, kv_heads, slots, dim): ring slots of tokens, then of each level groups of rank summaries
+    keys: torch.Tensor  # float32 (batch, kv_heads, slots, dim): sinks, the first tokens of the row; ring slots of tokens; then, of each
+    # level, groups of rank summaries
     values: torch.Tensor
     lengths: torch.Tensor | None  # (batch,) int32: tokens before; or everywhere
     length: int
     far_bias: torch.Tensor | None  # (heads, levels)
     far: torch.Tensor | None  # in place of summaries, float32 (batch, heads, segments, value_dim + 1): mean and log-sum-exp of segment s of
     # block_size / rank tokens in slot s % segments
+    sinks: int
     ring: int
     groups: int
     block_size: int
@@ -89,22 +97,28 @@ class Step(NamedTuple):
     size_weighting: bool
     scale: float
     softcap: float | None
+    log_counts: torch.Tensor | None  # float32 (batch, kv_heads or 1, slots of summaries): added to their logits, -inf where they stand for
+    # no token; None where all stand for their groups' tokens, and size_weighting decides
 
 
 def _run(given: Step) -> torch.Tensor:
-    q, keys, values, far = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (given.q, given.keys, given.values, given.far))
-    far_bias, ring, groups, block_size, rank = given.far_bias, given.ring, given.groups, given.block_size, given.rank
+    tensors = given.q, given.keys, given.values, given.far, given.log_counts
+    q, keys, values, far, counts = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    far_bias, sinks, ring, groups, block_size, rank = given.far_bias, given.sinks, given.ring, given.groups, given.block_size, given.rank
     batch, heads, dim = q.shape
     kv_heads, slots, width = keys.shape[1], keys.shape[2], values.shape[-1]
     out = keys.new_empty(batch, heads, width)
     strides = dict(zip(("q_b", "q_h"), q.stride()))
-    for name, x in (("keys", keys), ("values", values), ("far", far)):
+    if counts is not None:
+        counts = counts.expand(batch, kv_heads, -1)
+    for name, x in (("keys", keys), ("values", values), ("far", far), ("counts", counts)):
         strides |= {f"{name}_{letter}": stride for letter, stride in zip("bhn", (0, 0, 0) if x is None else x.stride())}
     arguments = strides | dict(
         q_=q, keys_=keys, values_=values, lengths_=given.lengths, length=given.length, out_=out,
         far_bias_=far_bias if far_bias is None else far_bias.contiguous(), biases=0 if far_bias is None else far_bias.shape[1],
-        far_=far, segments=0 if far is None else far.shape[2],
-        kv_heads=kv_heads, repeats=heads // kv_heads, slots=slots, ring=ring, groups=groups, levels=(slots - ring) // (groups * rank),
+        counts_=counts, far_=far, segments=0 if far is None else far.shape[2],
+        kv_heads=kv_heads, repeats=heads // kv_heads, slots=slots, sinks=sinks, ring=ring, groups=groups,
+        levels=(slots - sinks - ring) // (groups * rank),
         block_size=block_size, size=math.log2(block_size / rank) if given.size_weighting else None,
         scale=given.scale, softcap=given.softcap, RANK=rank,
         DIM=dim, WIDTH=width, BLOCK_D=tile_size(dim), BLOCK_W=tile_size(width),

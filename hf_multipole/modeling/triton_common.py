@@ -29,8 +29,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 to another dtype, to the nearest; Triton's interpreter would cut bfloat16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    """To a dtype, from float32 to the nearest; Triton's interpreter would cut bfloat16 off."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)

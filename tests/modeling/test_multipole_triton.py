@@ -39,15 +39,16 @@ FULL = replace(FULL, dtype=torch.float32)
 PACKED = {"cuts": (5,), "padding": ((2, 1),)}
 
 
+@pytest.mark.parametrize("token, sinks", [(5, 0), (1, 3)], ids=["", "a sink"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name, value", [("k", torch.nan), ("v", torch.nan), ("v", torch.inf), ("q", torch.nan)])
 @pytest.mark.slow
-def test_what_is_not_finite_reaches_the_queries_that_see_it(name, value, causal):
+def test_what_is_not_finite_reaches_the_queries_that_see_it(name, value, causal, token, sinks):
     """All channels of them, but no other query."""
-    case = replace(FULL, repeats=1, causal=causal, summary="mean", far_keys=False, softcap=None)
+    case = replace(FULL, repeats=1, causal=causal, summary="mean", far_keys=False, softcap=None, sinks=sinks)
     call = make(case if causal else replace(case, cuts=(9,)))
     with torch.no_grad():
-        call.leaves[name][:, 0, 5, 1] = value
+        call.leaves[name][:, 0, token, 1] = value
     expected = call(multipole_attention_reference).isfinite().all(-1)
     call = type(call)({key: x.to(DEVICE) for key, x in call.leaves.items()}, call.options, call.upstream)
     assert torch.equal(call(multipole_attention).isfinite().all(-1).cpu(), expected)
@@ -60,6 +61,7 @@ BIG = Case(n=330, block_size=64, rank=4, batch=1, kv_heads=1, repeats=2, dim=64,
 SIZES = {
     "bfloat16": replace(BIG, dtype=torch.bfloat16),
     "float32": replace(BIG, repeats=1, causal=False, padding=((30, 20),), softcap=5.0, dtype=torch.float32),
+    "bfloat16, sinks, masses": replace(BIG, dtype=torch.bfloat16, sinks=4, saliency=True),
 }
 ON_GPU = {
     "8192 tokens": replace(BIG, n=8192, batch=2, kv_heads=4, dtype=torch.bfloat16),
@@ -71,6 +73,10 @@ ON_GPU = {
     "float32, head_dim 128": replace(BIG, n=4096, dim=128, value_dim=64, dtype=torch.float32),
     "float32, head_dim 256": replace(BIG, n=2048, dim=256, value_dim=256, causal=False, dtype=torch.float32),
     "65536 tokens": replace(BIG, n=65536, kv_heads=2, dtype=torch.bfloat16),
+    "sinks, masses": replace(BIG, n=8192, batch=2, kv_heads=4, sinks=4, saliency=True, dtype=torch.bfloat16),
+    "100 sinks, packed": replace(BIG, n=4096, dim=128, value_dim=128, cuts=(700, 3000), sinks=100, dtype=torch.bfloat16),
+    "sinks, masses, head_dim 256": replace(BIG, n=2048, dim=256, value_dim=256, sinks=20, saliency=True, dtype=torch.bfloat16),
+    "sinks, masses, float32": replace(BIG, n=3000, causal=False, padding=((100, 7),), sinks=40, saliency=True, dtype=torch.float32),
 }
 ON_GPU = [pytest.param(case, id=name, marks=GPU) for name, case in ON_GPU.items()]
 
@@ -140,23 +146,57 @@ def test_a_cache_on_the_kernels(monkeypatch, options, padded):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("linear", [False, True], ids=["", "O(n) form"])
+@pytest.mark.parametrize("sinks", [0, 3, 20], ids="{} sinks".format)
 @pytest.mark.slow
-def test_a_step_has_a_cap_and_grouped_heads(linear, dtype):
-    """Against its definition, tokens alone or with the far result of a segment; and its registration."""
+def test_a_step_has_a_cap_and_grouped_heads(linear, dtype, sinks):
+    """Against its definition, tokens alone or with the far result of a segment; and its registration. The first token of the third block
+    does not see the first block's sinks twice.
+    """
     generator = torch.Generator().manual_seed(0)
-    shapes = (2, 6, 5), (2, 2, 12, 5), (2, 2, 12, 3), (2, 6, 3, 4)
+    shapes = (3, 6, 5), (3, 2, sinks + 12, 5), (3, 2, sinks + 12, 3), (3, 6, 3, 4)
     q, keys, values, far = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
-    q, lengths = q.to(dtype), torch.tensor([9, 13], dtype=torch.int32, device=DEVICE)
-    arguments = (q, keys, values, lengths, 0, None, far if linear else None, 12, 4, 4, 2, True, 0.5, 1.5)
+    q, lengths = q.to(dtype), torch.tensor([6, 9, 23], dtype=torch.int32, device=DEVICE)
+    arguments = (q, keys, values, lengths, 0, None, far if linear else None, sinks, 12, 4, 4, 2, True, 0.5, 1.5, None)
     out = state_triton.step(*arguments)
     for row, length in enumerate(lengths.tolist()):
-        slots = torch.arange((length // 4 - 1) * 4, length + 1) % 12
+        begin = max(length // 4 - 1, 0) * 4
+        slots = torch.cat([torch.arange(min(begin, sinks)), sinks + torch.arange(begin, length + 1) % 12])
         for head in range(6):
             k, v = (x[row, head // 3, slots].double() for x in (keys, values))
             logits = 1.5 * torch.tanh(0.5 * (k @ q[row, head].double()) / 1.5)
             if linear:
                 *mean, total = far[row, head, length // 2 % 3].double().tolist()
                 logits, v = torch.cat([logits, logits.new_tensor([total])]), torch.cat([v, v.new_tensor([mean])])
+            torch.testing.assert_close(out[row, head].double(), torch.softmax(logits, 0) @ v, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(state_triton.step, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.slow
+def test_a_step_with_counts(heads, biased):
+    """In place of size weighting they are added to the logits of summaries, -inf hides one; against its definition."""
+    generator = torch.Generator().manual_seed(0)
+    block_size, rank, sinks, ring, groups, levels, length = 4, 2, 2, 12, 4, 2, 29
+    slots = sinks + ring + levels * groups * rank
+    q, keys, values = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((2, 4, 5), (2, 2, slots, 5), (2, 2, slots, 3)))
+    counts = torch.randn(2, heads, slots - sinks - ring, generator=generator)
+    bias = torch.randn(4, 1, generator=generator).to(DEVICE) if biased else None
+    # Of level 1, the groups 4 and 5 behind the blocks 6 and 7 of the near field; of level 2, of 8 tokens, 0 and 1.
+    far = [(level, group) for level, own in enumerate((4, 5)) for group in ((4, 5), (0, 1))[level]]
+    seen = [ring + sinks + (level * groups + group % groups) * rank + r for level, group in far for r in range(rank)]
+    counts[..., seen[1] - sinks - ring] = -torch.inf
+    counts = counts.to(DEVICE)
+    arguments = (q, keys, values, None, length, bias, None, sinks, ring, groups, block_size, rank, True, 0.5, None, counts)
+    out = state_triton.step(*arguments)
+    near = [0, 1, *(sinks + token % ring for token in range(24, length + 1))]
+    for row in range(2):
+        for head in range(4):
+            k, v = (x[row, head // 2, near + seen].double() for x in (keys, values))
+            logits = 0.5 * (k @ q[row, head].double())
+            logits[len(near) :] += counts[row, head // 2 % heads, torch.tensor(seen) - sinks - ring].double()
+            if biased:
+                logits[len(near) :] += bias[head, 0].double()
             torch.testing.assert_close(out[row, head].double(), torch.softmax(logits, 0) @ v, rtol=1e-5, atol=1e-5)
     torch.library.opcheck(state_triton.step, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -171,7 +211,7 @@ def test_the_log_sum_exp_has_a_gradient():
     of_lse, far = torch.randn(1, 2, 6, generator=generator, dtype=torch.float64), torch.zeros(1, 2, 0, 5, device=DEVICE)
 
     def ours(q, k, v):
-        return kernels.attention(q, k, v, far, far, None, None, None, None, None, [], [], 6, 1, 0, True, True, 0.5, None)
+        return kernels.attention(q, k, v, far, far, *[None] * 8, [], [], 6, 1, 0, True, True, 0.5, None)
 
     def exact(q, k, v):
         logits = (q @ k.transpose(2, 3) * 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
@@ -192,22 +232,23 @@ def test_the_log_sum_exp_has_a_gradient():
 
 
 @pytest.mark.slow
-def test_parts_of_summaries_meet(monkeypatch):
-    """Several programs share the queries that see a group, some of which are not there."""
+def test_parts_of_summaries_and_of_sinks_meet(monkeypatch):
+    """Several programs share the queries that see a group, some of which are not there, or a sink."""
     monkeypatch.setattr(kernels, "_UNIT", 4)
-    matches_reference(multipole_attention, replace(FULL, queries=7, repeats=1, softcap=None), DEVICE)
+    matches_reference(multipole_attention, replace(FULL, queries=7, repeats=1, softcap=None, sinks=3), DEVICE)
 
 
 @pytest.mark.slow
 def test_opcheck():
-    cases = replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)
+    cases = [replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)]
+    cases += [replace(FULL, n=9, **PACKED, sinks=1, saliency=True), replace(FULL, n=7, sinks=2)]
     calls = (partial(make(case, device=DEVICE), multipole_attention) for case in cases)
     check_operator(kernels, "attention", *calls, more=("test_aot_dispatch_static",))
 
 
 @pytest.mark.slow
 def test_compiles_without_a_graph_break():
-    case = replace(FULL, n=7, causal=False, cuts=(3,), padding=((1, 0),), layout="fused")
+    case = replace(FULL, n=8, causal=False, cuts=(6,), padding=((1, 0),), layout="fused", sinks=1, saliency=True)
     torch._dynamo.reset()
     compiled = torch.compile(multipole_attention, fullgraph=True, backend="aot_eager")
     actual, expected = (make(case, device=DEVICE).with_gradients(function) for function in (compiled, multipole_attention))
