@@ -25,7 +25,8 @@ from triton.compiler import ASTSource
 from hf_multipole.modeling import multipole_triton, state_triton, summaries_triton
 from hf_multipole.modeling.hierarchy import group_count, level_count
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
+POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 
 class Resources(NamedTuple):
@@ -63,7 +64,7 @@ def compile_launch(kernel, arguments: dict, capability: int, num_warps: int = 4,
 
 def compile_all(capability: int, dtype: torch.dtype, dim: int, everything: bool) -> list[Resources]:
     """The kernels as one attention layer launches them, forward and backward, and one decoding step; ``everything`` that a call can
-    have (bidirectional, packed, capped), or as little as possible.
+    have (bidirectional, packed, capped, sinks, masses), or as little as possible.
     """
     batch, heads, kv_heads, n, block_size, rank = 2, 4, 2, 1024, 64, 4
     levels = level_count(n, block_size)
@@ -83,28 +84,35 @@ def compile_all(capability: int, dtype: torch.dtype, dim: int, everything: bool)
     # Heads between tokens, as projections leave them.
     q, k, v = (leaf(batch, n, h, dim, dtype=dtype).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
     far_k, far_v = (leaf(batch, kv_heads, sum(counts) * rank, dim) for _ in range(2))
-    bias, log_counts, document, first = leaf(heads, levels), None, None, None
+    bias, log_counts, document, first, sinks, masses = leaf(heads, levels), None, None, None, (None,) * 3, None
     if everything:
+        sinks = [leaf(batch, kv_heads, n // block_size, 4, dim, dtype=dtype) for _ in range(2)]
+        sinks, masses = (
+            [*sinks, torch.zeros(batch, n // block_size, 4, dtype=torch.bool)],
+            leaf(batch, kv_heads, n // block_size, block_size),
+        )
         log_counts, document = leaf(batch, kv_heads, sum(counts) * rank), leaf(batch, n, dtype=torch.long)
         first = leaf(batch, n // block_size, dtype=torch.long)
     softcap, plain = (30.0 if everything else None), (block_size, rank, 0, not everything, True, dim**-0.5)
     out, lse = multipole_triton.attention(
-        q, k, v, far_k, far_v, log_counts, bias, document, first, first, [0] * levels, counts, *plain, softcap
+        q, k, v, far_k, far_v, log_counts, bias, document, first, first, *sinks, [0] * levels, counts, *plain, softcap
     )
     used = [out, lse] if everything else [out]
     torch.autograd.backward(used, [torch.zeros_like(x) for x in used])
     groups, weight = k.detach().unflatten(2, (-1, block_size)), leaf(kv_heads, rank, block_size, dim, dtype=dtype).detach()
-    grad = summaries_triton.depthwise_map(groups, weight)
-    summaries_triton.depthwise_map_backward_(groups.clone(), grad, groups, weight)
+    grad = summaries_triton.depthwise_map(groups, weight, masses)
+    summaries_triton.depthwise_map_backward_(groups.clone(), grad, groups, weight, masses)
     lengths = torch.zeros(batch, dtype=torch.int32) if everything else None
-    slots = torch.zeros(batch, kv_heads, 3 * block_size + levels * 4 * rank, dim)
-    sizes = 3 * block_size, 4, block_size, rank, True, 1.0, softcap
-    state_triton.step(q[:, :, 0].detach(), slots, slots, lengths, 70, bias.detach(), None, *sizes)
+    ring, groups_of_step = 3 * block_size, levels * 4 * rank
+    held = 4 * everything, ring, 4, block_size, rank, True, 1.0, softcap
+    slots = torch.zeros(batch, kv_heads, 4 * everything + ring + groups_of_step, dim)
+    log_counts = torch.zeros(batch, kv_heads, groups_of_step) if everything else None
+    state_triton.step(q[:, :, 0].detach(), slots, slots, lengths, 70, bias.detach(), None, *held, log_counts)
     resources = list(found.values())
     # That of the O(n) form is another one.
     found.clear()
-    near, far = slots[:, :, : 3 * block_size], torch.zeros(batch, heads, 5, dim + 1)
-    state_triton.step(q[:, :, 0].detach(), near, near, lengths, 70, None, far, *sizes)
+    near, far = slots[:, :, : 4 * everything + ring], torch.zeros(batch, heads, 5, dim + 1)
+    state_triton.step(q[:, :, 0].detach(), near, near, lengths, 70, None, far, *held, None)
     return resources + list(found.values())
 
 

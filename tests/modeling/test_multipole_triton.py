@@ -149,9 +149,7 @@ def test_a_cache_on_the_kernels(monkeypatch, options, padded):
 @pytest.mark.parametrize("sinks", [0, 3, 20], ids="{} sinks".format)
 @pytest.mark.slow
 def test_a_step_has_a_cap_and_grouped_heads(linear, dtype, sinks):
-    """Against its definition, tokens alone or with the far result of a segment; and its registration. The first token of the third block
-    does not see the first block's sinks twice.
-    """
+    """Against its definition, tokens alone, sinks among them, or with the far result of a segment; and its registration."""
     generator = torch.Generator().manual_seed(0)
     shapes = (3, 6, 5), (3, 2, sinks + 12, 5), (3, 2, sinks + 12, 3), (3, 6, 3, 4)
     q, keys, values, far = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
@@ -348,7 +346,7 @@ def test_compiles_for_gpus():
     cases = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(cases) == 4
     for name, found in (pair for case in cases for pair in case.items()):
-        assert len(found) == 10, name
+        assert len(found) == (11 if name.endswith("1") else 10), name  # with sinks there is one more
         for kernel in found:
             # What a program may take on the smallest GPU of this kind that has bfloat16, two at a time; a few bytes of stack are not
             # in loops.
