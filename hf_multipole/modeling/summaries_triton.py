@@ -48,7 +48,7 @@ def _backward_tokens(
     masses_b, masses_h, masses_g, masses_n, heads, groups, width, tiles,
     RANK: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds to what other uses of the tokens gave, in float32; with masses, their gradient, too."""
+    """Adds to what other uses of the tokens gave, in float32; also makes the gradient of masses, where there is room for it."""
     t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     group = tl.program_id(0) // tiles % groups
     row = (tl.program_id(0) // tiles // groups).to(tl.int64)
@@ -64,11 +64,12 @@ def _backward_tokens(
         at = ((r * width)[:, None] + t)[:, :, None] * DIM + channel
         weight = tl.load(weight_ + at, (r < RANK)[:, None, None] & real[None], 0.0)
         acc += tl.sum(grad[:, None] * weight.to(tl.float32), 0)
-    if masses_ is not None:
+    if grad_masses_ is not None:
         x_ += row // heads * x_b + row % heads * x_h + group.to(tl.int64) * x_g
-        masses_ += row // heads * masses_b + row % heads * masses_h + group.to(tl.int64) * masses_g
         x = tl.load(x_ + t[:, None].to(tl.int64) * x_n + channel, real, 0.0).to(tl.float32)
         tl.store(grad_masses_ + (row * groups + group) * width + t, tl.sum(acc * x, 1), t < width)
+    if masses_ is not None:
+        masses_ += row // heads * masses_b + row % heads * masses_h + group.to(tl.int64) * masses_g
         acc *= tl.load(masses_ + t.to(tl.int64) * masses_n, t < width, 0.0)[:, None]
     acc += tl.load(grad_x_ + t[:, None].to(tl.int64) * grad_x_n + channel, real, 0.0).to(tl.float32)
     tl.store(grad_x_ + t[:, None].to(tl.int64) * grad_x_n + channel, round_to(acc, grad_x_.dtype.element_ty), real)
@@ -130,7 +131,7 @@ def depthwise_map(x: torch.Tensor, weight: torch.Tensor, masses: torch.Tensor | 
 
 @torch.library.custom_op(_NAMESPACE + "::depthwise_map_backward_", mutates_args=("grad_x",))
 def depthwise_map_backward_(
-    grad_x: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, masses: torch.Tensor | None
+    grad_x: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, masses: torch.Tensor | None, of_masses: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator of summaries.py by this name."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -141,8 +142,8 @@ def depthwise_map_backward_(
     arguments |= dict(grad_=grad.contiguous(), parts_=parts, tiles_t=tiles_t, tiles_r=tiles_r, GROUPS=_GROUPS)
     launch(_backward_weights, x.device, len(parts) * heads * tiles_r * tiles_t, arguments)
     dense = grad_x if grad_x.stride(-1) == 1 else grad_x.contiguous()
-    grad_masses = grad.new_empty(0 if masses is None else masses.shape)
-    arguments |= dict(grad_x_=dense, grad_masses_=grad_masses, tiles=tiles_t) | _strides(grad_x=dense)
+    grad_masses = grad.new_empty(masses.shape if of_masses else 0)
+    arguments |= dict(grad_x_=dense, grad_masses_=grad_masses if of_masses else None, tiles=tiles_t) | _strides(grad_x=dense)
     launch(_backward_tokens, x.device, batch * heads * groups * tiles_t, arguments)
     if dense is not grad_x:
         grad_x.copy_(dense)
@@ -155,5 +156,5 @@ def _(x, weight, masses):
 
 
 @depthwise_map_backward_.register_fake
-def _(grad_x, grad, x, weight, masses):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format), grad.new_empty(0 if masses is None else masses.shape)
+def _(grad_x, grad, x, weight, masses, of_masses):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), grad.new_empty(masses.shape if of_masses else 0)

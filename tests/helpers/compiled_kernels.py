@@ -101,7 +101,7 @@ def compile_all(capability: int, dtype: torch.dtype, dim: int, everything: bool)
     torch.autograd.backward(used, [torch.zeros_like(x) for x in used])
     groups, weight = k.detach().unflatten(2, (-1, block_size)), leaf(kv_heads, rank, block_size, dim, dtype=dtype).detach()
     grad = summaries_triton.depthwise_map(groups, weight, masses)
-    summaries_triton.depthwise_map_backward_(groups.clone(), grad, groups, weight, masses)
+    summaries_triton.depthwise_map_backward_(groups.clone(), grad, groups, weight, masses, everything)
     lengths = torch.zeros(batch, dtype=torch.int32) if everything else None
     ring, groups_of_step = 3 * block_size, levels * 4 * rank
     held = 4 * everything, ring, 4, block_size, rank, True, 1.0, softcap

@@ -81,7 +81,7 @@ CASES = {
     "several tiles a block": replace(ONE_HEAD, n=150, block_size=70, rank=35, causal=False, softcap=None),
     "sinks": replace(SMALL, sinks=3),
     "sinks, bidirectional": replace(ONE_HEAD, sinks=3, causal=False, far_keys=False),
-    "sinks, two rows, two key heads, grouped": replace(SMALL, n=11, batch=2, kv_heads=2, sinks=1, layout="fused"),
+    "sinks, two rows, two key heads, grouped": replace(SMALL, n=11, batch=2, kv_heads=2, sinks=1, saliency=True, layout="fused"),
     "sinks of documents, masses": replace(ONE_HEAD, **PACKED, sinks=2, saliency=True),
     "sinks of documents, masses, bidirectional": replace(SMALL, n=15, causal=False, cuts=(6,), padding=((2, 1),), sinks=2, saliency=True),
     "sinks, rows of different padding": replace(ONE_HEAD, n=13, batch=2, causal=False, padding=((3, 1), (0, 4)), sinks=2),
@@ -92,7 +92,6 @@ CASES = {
     "sinks, no levels": replace(SMALL, sinks=2, max_levels=0),
     "sinks, several programs": replace(ONE_HEAD, n=90, block_size=16, rank=4, dim=16, value_dim=32, sinks=4, saliency=True),
     "masses": replace(SMALL, saliency=True),
-    "masses of two heads and rows, direct": replace(SMALL, n=13, batch=2, kv_heads=2, saliency=True, summary="direct"),
     "masses, means": replace(SMALL, saliency=True, summary="mean", softcap=None, far_keys=False),
     "masses, bidirectional, padded": replace(ONE_HEAD, n=15, causal=False, padding=((2, 1),), saliency=True),
     "masses, no size weighting": replace(ONE_HEAD, saliency=True, size_weighting=False),
@@ -110,7 +109,6 @@ ROUNDED = {
     "bfloat16, sinks, masses, bidirectional, packed": replace(
         SMALL, dtype=torch.bfloat16, causal=False, sinks=2, saliency=True, cuts=(6,), padding=((2, 1),)
     ),
-    "float16, more sinks than a tile": replace(ONE_HEAD, n=40, dtype=torch.float16, sinks=18),
     "bfloat16, sinks, O(n) form": replace(ONE_HEAD, dtype=torch.bfloat16, downsample=True, sinks=3),
     "float16, O(n) form": replace(ONE_HEAD, dtype=torch.float16, downsample=True, causal=False, padding=((2, 1),)),
 }
@@ -126,13 +124,9 @@ KERNELS = [
     *((padding_does_not_matter, replace(ONE_HEAD, n=7, causal=causal), f"padding, {causal}") for causal in (True, False)),
     (documents_do_not_meet, replace(ONE_HEAD, n=12, causal=False, cuts=(3,)), "documents"),
     (weights_sum_to_one, replace(SMALL, sinks=3, saliency=True, padding=((3, 2),)), "weights, sinks"),
-    *(
-        (sees_exactly_what_is_visible, replace(ONE_HEAD, n=9, causal=causal, sinks=3), f"visible, sinks, {causal}")
-        for causal in (True, False)
-    ),
+    (sees_exactly_what_is_visible, replace(ONE_HEAD, n=9, sinks=3), "visible, sinks"),
     (future_does_not_matter, replace(ONE_HEAD, n=9, sinks=3), "future, sinks"),
-    *((padding_does_not_matter, replace(ONE_HEAD, n=9, causal=causal, sinks=2), f"padding, sinks, {causal}") for causal in (True, False)),
-    (documents_do_not_meet, replace(ONE_HEAD, n=18, causal=False, cuts=(7,), sinks=2), "documents, sinks"),
+    (padding_does_not_matter, replace(ONE_HEAD, n=9, causal=False, sinks=2), "padding, sinks"),
 ]
 
 

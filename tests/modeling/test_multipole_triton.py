@@ -238,8 +238,8 @@ def test_parts_of_summaries_and_of_sinks_meet(monkeypatch):
 
 @pytest.mark.slow
 def test_opcheck():
-    cases = [replace(FULL, n=7, **PACKED | {"cuts": (3,)}, causal=False), replace(FULL, n=5, bias_levels=0, softcap=None)]
-    cases += [replace(FULL, n=9, **PACKED, sinks=1, saliency=True), replace(FULL, n=7, sinks=2)]
+    packed = PACKED | {"cuts": (3,), "sinks": 1, "saliency": True}
+    cases = replace(FULL, n=9, causal=False, **packed), replace(FULL, n=5, bias_levels=0, softcap=None), replace(FULL, n=7, sinks=2)
     calls = (partial(make(case, device=DEVICE), multipole_attention) for case in cases)
     check_operator(kernels, "attention", *calls, more=("test_aot_dispatch_static",))
 

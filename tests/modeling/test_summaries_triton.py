@@ -37,7 +37,7 @@ def tensors(shape, dtype, weight_dtype):
     return [y.to(DEVICE, kind) for y, kind in kinds]
 
 
-@pytest.mark.parametrize("weighed", ["", "masses", "masses of all heads"])
+@pytest.mark.parametrize("weighed", ["", "masses", "masses of all heads", "constant masses"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.slow
@@ -55,7 +55,8 @@ def test_map_and_its_gradients(shape, dtype, weighed, monkeypatch):
     assert (out - exact).abs().max() <= width * eps * 10
 
     after = before.clone(memory_format=torch.preserve_format)
-    grad_weight, grad_masses = kernels.depthwise_map_backward_(after, grad, x, weight, masses)
+    of_masses = weighed.startswith("masses")
+    grad_weight, grad_masses = kernels.depthwise_map_backward_(after, grad, x, weight, masses, of_masses)
     of_heavy = torch.einsum("bhgrc,hrtc->bhgtc", grad.double(), weight.double())
     expected = before.double() + (of_heavy if masses is None else of_heavy * masses.double()[..., None])
     unit = torch.finfo(dtype).eps
@@ -63,9 +64,8 @@ def test_map_and_its_gradients(shape, dtype, weighed, monkeypatch):
     expected = torch.einsum("bhgtc,bhgrc->hrtc", heavy, grad.double())
     assert ((grad_weight - expected).abs() <= unit / 2 * expected.abs() * 1.01 + shape[0] * shape[2] * eps * 10).all()
     assert grad_weight.dtype == dtype
-    if masses is None:
-        assert grad_masses.numel() == 0
-    else:
+    assert grad_masses.shape == (masses.shape if of_masses else (0,))
+    if of_masses:
         assert (grad_masses - (of_heavy * x.double()).sum(-1)).abs().max() <= rank * dim * eps * 10
 
 
@@ -101,10 +101,10 @@ def test_summaries_are_those_of_the_pytorch_path(kind, masses):
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_opcheck(weighed):
+@pytest.mark.parametrize("weighed, of_masses", [(False, False), (True, False), (True, True)])
+def test_opcheck(weighed, of_masses):
     x, weight, grad, before, masses = tensors(SHAPES["merge"], torch.float32, torch.float32)
     masses = masses if weighed else None
     torch.library.opcheck(kernels.depthwise_map, (x, weight, masses), test_utils=("test_schema", "test_faketensor"))
-    arguments = (before.contiguous(), grad, x, weight, masses)
+    arguments = (before.contiguous(), grad, x, weight, masses, of_masses)
     torch.library.opcheck(kernels.depthwise_map_backward_, arguments, test_utils=("test_schema", "test_faketensor"))
