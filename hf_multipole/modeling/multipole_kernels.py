@@ -118,6 +118,7 @@ def _place(tiles, blocks, block_size, heads, repeats, BLOCK: tl.constexpr):
 # Kernels
 
 
+# Long: the near field, summaries and sinks, with one softmax that stays in registers.
 @triton.jit
 def forward(
     q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, sink_k_, sink_v_, hidden_, table, out_, lse_,
@@ -197,6 +198,7 @@ def _logit_gradient(x, lse, grad, v, delta, seen):
     return weights, tl.where(seen, weights * (dot(grad, tl.trans(v)) - delta), 0.0)
 
 
+# Long: the same three, with one sum that stays in registers.
 @triton.jit
 def backward_queries(
     grad_, grad_lse_, out_, q_, k_, v_, far_k_, far_v_, counts_, far_bias_, document_, first_, last_, sink_k_, sink_v_, hidden_,
