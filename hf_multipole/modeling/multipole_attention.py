@@ -260,11 +260,12 @@ def run_kernels(q, k, v, far_k, far_v, listing: Listing, call: Call, log_counts=
     from .multipole_triton import KernelBlocks, attention
 
     far_bias = None if call.far_bias is None else call.far_bias.to(far_k.dtype)
-    far = far_k, far_v, log_counts, far_bias
     first, last = stretch
     sink_k, sink_v, hidden = (None, None, None) if sinks is None else sinks
     settings = call.causal, call.options.size_weighting, call.scale, call.softcap
-    out, binary = attention(*KernelBlocks(q, k, v, *far, document, first, last, sink_k, sink_v, hidden, *listing, *settings))
+    sizes = *listing, *settings
+    given = KernelBlocks(q, k, v, far_k, far_v, log_counts, far_bias, document, first, last, sink_k, sink_v, hidden, *sizes)
+    out, binary = attention(*given)
     return out, binary * math.log(2)
 
 

@@ -92,9 +92,9 @@ def _arguments(given: KernelBlocks) -> dict:
 
 
 def _sinks(given: KernelBlocks) -> dict:
-    """Arguments for the sinks; the kernels leave out what is None."""
+    """Arguments for the sinks; without them None, sizes too, so that the kernels are those that know of none."""
     if given.sink_k is None:
-        return dict(sink_k_=None, sink_v_=None, hidden_=None, hidden_b=0, lists=1, sinks=0)
+        return dict.fromkeys(("sink_k_", "sink_v_", "hidden_", "hidden_b", "lists", "sinks"))
     hidden = given.sink_hidden.contiguous().view(torch.int8)
     own = dict(sink_k_=given.sink_k.contiguous(), sink_v_=given.sink_v.contiguous(), lists=given.sink_k.shape[2], sinks=hidden.shape[2])
     return own | dict(hidden_=hidden, hidden_b=hidden.expand(len(given.q), -1, -1).stride(0))
@@ -111,7 +111,7 @@ def _tiles(arguments: dict) -> tuple[dict, int]:
     else:
         rows, columns, far, warps = (64, 32, 32, 4) if dim <= 128 else (32, 32, 16, 4)
     most = tile_size(arguments["block_size"])
-    tiles = dict(BLOCK_M=min(rows, most), BLOCK_N=min(columns, most), BLOCK_F=far, BLOCK_S=min(far, tile_size(arguments["sinks"])))
+    tiles = dict(BLOCK_M=min(rows, most), BLOCK_N=min(columns, most), BLOCK_F=far, BLOCK_S=min(far, tile_size(arguments["sinks"] or 1)))
     return tiles, max(1, warps * min(rows, most) // rows)
 
 

@@ -102,9 +102,9 @@ def _backward_weights(
     tl.store(parts_ + at[:, :, None] * DIM + channel, acc, ((r < RANK)[:, None] & (t < width))[:, :, None] & (channel < DIM))
 
 
-def _strides(**tensors: torch.Tensor | None) -> dict[str, int]:
+def _strides(**tensors: torch.Tensor | None) -> dict[str, int | None]:
     """Of ``(batch, heads, groups, tokens, ...)``."""
-    return {f"{name}_{letter}": 0 if x is None else x.stride(i) for name, x in tensors.items() for i, letter in enumerate("bhgn")}
+    return {f"{name}_{letter}": None if x is None else x.stride(i) for name, x in tensors.items() for i, letter in enumerate("bhgn")}
 
 
 def _arguments(x: torch.Tensor, weight: torch.Tensor, masses: torch.Tensor | None) -> dict:
