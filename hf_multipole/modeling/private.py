@@ -164,6 +164,11 @@ def packed_documents(mask_function: Callable) -> torch.Tensor | None:
     return documents[0] if len(documents) == len(causal) == 1 and len(parts) == 2 else None
 
 
+def times_written(x: torch.Tensor) -> int:
+    """How often a tensor was written to; not of inference tensors, which do not count."""
+    return x._version
+
+
 def softmax_backward(slope: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> None:
     """The gradient of a softmax over the last dimension, in place of that of its result, without a tensor more: torch has this for its
     own backward pass only.

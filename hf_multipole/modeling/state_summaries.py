@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .private import times_written
 from .state_slots import Rings
 from .summaries import Grown, Past, even_share
 
@@ -35,7 +36,7 @@ class Shares:
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or weight.is_inference():
             return even_share(weight)
-        now = weight._version, weight.data_ptr(), weight.dtype
+        now = times_written(weight), weight.data_ptr(), weight.dtype
         known, share = self._known.get(weight, (None, None))
         if known != now:
             with torch.inference_mode(False), torch.no_grad():

@@ -200,6 +200,16 @@ def named_here(text: str) -> set[str]:
     return names
 
 
+def test_times_written():
+    """Counts what is written in place, by whoever, and through views."""
+    x = torch.zeros(4)
+    before = private.times_written(x)
+    x[1:].add_(1)
+    with torch.no_grad():
+        x.copy_(torch.ones(4))
+    assert private.times_written(x) == before + 2
+
+
 def test_it_stands_in_one_file():
     files = {path: path.read_text() for room in ("modeling", "integration") for path in sorted((PACKAGE / room).glob("*.py"))}
     one = files.pop(Path(private.__file__))
