@@ -32,7 +32,7 @@ AUTO_MAP = {
 }
 _OWN = {cls: tuple(fields_of("own", cls)) for cls in (MultipoleOptions, TensorOptions)}
 _STOCK = tuple(fields_of("stock"))
-_STOCK_MULTIPOLE = tuple(fields_of("stock", MultipoleOptions))
+_STOCK_MULTIPOLE = {name: default_of(f, "stock") for name, f in fields_of("stock", MultipoleOptions).items()}
 # What models do that were saved before there were these options.
 _WITHOUT_SINKS = {"sink_tokens": 0, "saliency": False}
 _TENSOR = tuple(fields_of("stock", TensorOptions))
@@ -86,10 +86,9 @@ def _stock_options(stated: dict, num_layers: int, downsample_queries: bool | Non
         wrong = [x for x in layers if isinstance(x, bool) or x not in numbers] if isinstance(layers, list | tuple) else [layers]
         if wrong or not layers:
             raise ValueError(f"layers is {layers!r}, but must be a list of layer numbers from 0 to {numbers[-1]}, or None for all")
-    if set(_STOCK_MULTIPOLE) - set(stated) == set(_WITHOUT_SINKS):
-        # What a conversion has written, which states all options, of a version that had no others.
-        stated = stated | _WITHOUT_SINKS
-    options = MultipoleOptions.of(stated)
+    # A conversion states all options; one that does not state these is of a version that had no others.
+    old = set(_STOCK_MULTIPOLE) - set(stated) == set(_WITHOUT_SINKS)
+    options = MultipoleOptions.of(_STOCK_MULTIPOLE | stated | (_WITHOUT_SINKS if old else {}))
     if options.is_learned and any(name in _TENSOR for name in stated):
         raise ValueError(
             "config.multipole asks for learned parts of multipole attention and, by its tensor_* options, for a tensor branch: a model has "

@@ -120,13 +120,12 @@ class MultipoleOptions(_Options):
         convert=0.0,
     )
     sink_tokens: int | None = _option(
-        None,
+        0,
         "first tokens of each row or document that every later query sees exactly, and that are in no summary: pretrained decoders need "
         "them. None for 4 in causal models, and 0 in others",
         lambda x: x is None or _is_integer(x, 0),
         "an integer of at least 0, or None",
-        own=0,
-        operator=0,
+        stock=None,
     )
     saliency: bool = _option(
         False,
@@ -251,7 +250,9 @@ def fields_of(use: str, *classes: type[_Options]) -> dict[str, Field]:
 
 
 def default_of(f: Field, use: str) -> Any:
-    return f.metadata["defaults"].get(use, f.default)
+    defaults = f.metadata["defaults"]
+    # What convert is not given is as in config.multipole.
+    return defaults.get(use, defaults.get("stock", f.default) if use == "convert" else f.default)
 
 
 def described(use: str) -> str:

@@ -63,7 +63,7 @@ def steps(o, context: int, batch: int, bar) -> dict:
     """Seconds of a step and bytes of the state, of each kind, with ``context`` tokens behind in each of ``batch`` rows."""
     torch.manual_seed(0)
     key_summary, value_summary = (HierarchicalSummary(o.block_size, o.rank, o.heads, o.head_dim) for _ in range(2))
-    learned = Call(MultipoleOptions(block_size=o.block_size, rank=o.rank, sink_tokens=0), key_summary, value_summary)
+    learned = Call(MultipoleOptions(block_size=o.block_size, rank=o.rank), key_summary, value_summary)
     chunk = min(context, 16384)
     keys, values = (torch.empty(1, o.heads, context, o.head_dim) for _ in range(2))
     token = torch.randn(1, o.heads, 1, o.head_dim)

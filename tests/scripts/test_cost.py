@@ -55,9 +55,7 @@ def test_pairs_are_those_of_the_lists(sizes, causal):
 def test_pairs_are_the_weights_that_are_not_zero(causal):
     n, m, rank, heads = 208 if causal else 256, 8, 2, 2  # bidirectional, summaries of nothing are hidden, too
     q, k, v = (torch.randn(1, heads, n, 4) for _ in range(3))
-    _, weights = aligned_attention(
-        q, k, v, None, Call(MultipoleOptions(block_size=m, rank=rank, sink_tokens=0), causal=causal), return_weights=True
-    )
+    _, weights = aligned_attention(q, k, v, None, Call(MultipoleOptions(block_size=m, rank=rank), causal=causal), return_weights=True)
     triangles = n // m * m * (m - 1) // 2 if causal else 0  # of a block, counted whole
     seen = cost_model.pairs("multipole", Layer(n, block_size=m, rank=rank), causal) - triangles
     assert (weights > 0).sum().item() == heads * seen
@@ -114,7 +112,7 @@ def test_state_of_a_decoding_step(kind, n):
     state = kind(q, k, k, Layout(m, rank, spare=1), level_count(n + 1, m))
     key, value = (HierarchicalSummary(m, rank, kv_heads, dim) for _ in range(2))
     with torch.no_grad():
-        state.attend(q, k, k, [NewTokens(0, n)] * 3, Call(MultipoleOptions(block_size=m, rank=rank, sink_tokens=0), key, value))
+        state.attend(q, k, k, [NewTokens(0, n)] * 3, Call(MultipoleOptions(block_size=m, rank=rank), key, value))
     layer = Layer(n, 3, heads, kv_heads, dim, block_size=m, rank=rank)
     cost = cost_model.decode("multipole_linear" if kind is LinearState else "multipole", layer)
     assert cost.memory == sum(x.nbytes for x in state.tensors().values())
