@@ -105,7 +105,7 @@ class MultipoleOptions(_Options):
         'max_position_embeddings tokens) or "mean" (nothing learned)',
         *_one_of(*SUMMARIES),
         uses=("own", "stock", "convert"),
-        own="hierarchical",
+        own="mean",
         convert="hierarchical",
     )
     size_weighting: bool = _option(True, "adds log(c) to the logit of a summary that stands for c tokens", _is_flag, "true or false")
@@ -133,6 +133,7 @@ class MultipoleOptions(_Options):
         _is_flag,
         "true or false",
         uses=("own", "stock", "convert"),
+        own=True,
     )
     rotate_summaries: bool = _option(
         False,

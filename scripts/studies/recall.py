@@ -49,7 +49,7 @@ KINDS = {
     "near field only": Kind({"summary": "mean", "far_bias_init": -10000.0}),
     "multipole": Kind({"far_bias_init": 0.0}),
     "multipole, means": Kind({"far_bias_init": 0.0, "summary": "mean"}),
-    "multipole, saliency": Kind({"far_bias_init": 0.0, "saliency": True}),
+    "multipole, hierarchical and saliency": Kind({"far_bias_init": 0.0, "saliency": True}),
     "multipole, means and saliency": Kind({"far_bias_init": 0.0, "saliency": True, "summary": "mean"}),
     # Two tokens in a summary of the first level instead of eight.
     "multipole, rank 16": Kind({"far_bias_init": 0.0, "rank": 16, "summary": "mean"}),
@@ -83,6 +83,8 @@ def options_of(kind: str, settings: dict) -> dict:
         "max_position_embeddings": settings["train_lengths"][-1],
         "block_size": BLOCK_SIZE,
         "rank": RANK,
+        "summary": "hierarchical",
+        "saliency": False,
         # A narrow model needs wide weights.
         "initializer_range": hidden_size**-0.5,
     } | KINDS[kind].options
