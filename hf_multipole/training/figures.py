@@ -225,6 +225,24 @@ def plot_attention(model: PreTrainedModel, tokens: torch.Tensor, path: Path) -> 
         picture.colorbar(image, ax=plots[0].tolist(), label="attention weight, log10", shrink=0.85)
 
 
+def plot_masses(masses: dict[str, torch.Tensor], kept: torch.Tensor, path: Path) -> None:
+    """What the tokens of a row weigh in summaries, by place.
+
+    masses: of each layer, by its name, ``(heads, n)``, as :func:`hf_multipole.token_masses` has them for one row. kept: ``(n,)`` bool, the
+    tokens that are to be found again.
+    """
+    heads = max(map(len, masses.values()))
+    with figure(path, heads, len(masses), (5.5 * heads, 3 * len(masses))) as (picture, plots):
+        for row, (name, layer) in zip(plots, masses.items()):
+            for head, axes in enumerate(row[: len(layer)]):
+                for which, colour, label in ((~kept, "#bbbbbb", "other tokens"), (kept, "#1f77b4", "what is asked for later")):
+                    axes.plot(which.nonzero()[:, 0], layer[head][which], ".", color=colour, label=label)
+                axes.set(yscale="log", ylabel="mass", title=f"{name}, head {head}")
+        picture.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        for axes in plots[-1]:
+            axes.set_xlabel("place in the row, tokens")
+
+
 def plot_scaling(times: list[dict[str, float]], path: Path) -> None:
     """Milliseconds of a forward pass against the context length: :func:`.report.measure_scaling`."""
     with figure(path, size=(6.4, 3.8)) as (_, ((axes,),)):

@@ -26,13 +26,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
-from hf_multipole import MultipoleConfig, MultipoleForCausalLM
+from hf_multipole import MultipoleConfig, MultipoleForCausalLM, token_masses
 from hf_multipole.training.checkpoints import write_json
-from hf_multipole.training.figures import plot_reach
+from hf_multipole.training.figures import plot_masses, plot_reach
 from scripts.common import peers
 from scripts.common.measuring import machine
 from scripts.common.reports import table, write_beside, write_figures
-from scripts.studies.recall_tasks import NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw, item_counts
+from scripts.studies.recall_tasks import NEEDLES, NOISE, PASSAGE, TASKS, VALUES, VOCABULARY, distances, draw, item_counts
 
 BLOCK_SIZE, RANK, LAYERS = 32, 4, 2
 BRIDGED = 2 * BLOCK_SIZE * LAYERS  # tokens: further than near fields reach, one on top of the other
@@ -270,6 +270,16 @@ def named(run: Run, seeds: set[int]) -> str:
     return run.kind if len(seeds) == 1 else f"{run.kind}, seed {run.seed}"
 
 
+@torch.no_grad()
+def draw_masses(run: Run, folder: Path, settings: dict, path: Path) -> None:
+    """What the tokens of one row of needles weigh in a model that was trained."""
+    model = new_model(run.kind, settings).eval()
+    model.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu"))
+    ids, _ = rows_of("needle", 1, settings["lengths"][0], torch.Generator().manual_seed(2**31), measured=True)
+    masses = {f"layer {i}": x[0] for i, x in enumerate(token_masses(model, input_ids=ids).values())}
+    plot_masses(masses, (ids[0] >= NOISE) & (ids[0] < NOISE + NEEDLES), path)
+
+
 def report(output: Path, path: Path) -> str:
     training, measured = results(output)
     if not measured:
@@ -291,6 +301,11 @@ def report(output: Path, path: Path) -> str:
         ]
         head = ["attention", "row", *(f"{low + 1:,} to {high:,}" for low, high in bands)]
         parts.append(f"### {task.capitalize()}\n\n{table(head, rows)}\n\n![{task}]({picture.as_posix()})")
+        shown = next((run for run in measured if task == "needle" and KINDS[run.kind].options.get("saliency")), None)
+        if shown and find_spec("matplotlib") and (shown.folder(output) / "weights.pt").is_file():
+            picture = Path("images") / f"{path.stem}-masses.png"
+            draw_masses(shown, shown.folder(output), settings, path.parent / picture)
+            parts.append(f"What the tokens of a row weigh ({named(shown, seeds)}):\n\n![masses of tokens]({picture.as_posix()})")
     runs = [
         [
             run.task,

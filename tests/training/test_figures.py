@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_multipole import token_masses
 from hf_multipole.training import figures
 from tests.helpers.tiny_models import build
 
@@ -89,3 +90,10 @@ def test_weights_of_tokens_are_weights():
 def test_the_attention_picture(tmp_path):
     figures.plot_attention(build(vocab_size=384).float().eval(), torch.randint(384, (1, 60)), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_the_picture_of_masses(tmp_path):
+    model, ids = build(saliency=True), torch.arange(40)[None]
+    masses = {name: x[0] for name, x in token_masses(model, input_ids=ids).items()}
+    figures.plot_masses(masses, ids[0] % 9 == 4, tmp_path / "masses.png")
+    assert (tmp_path / "masses.png").stat().st_size > 10_000
