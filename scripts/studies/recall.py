@@ -15,6 +15,7 @@ import math
 import shlex
 import statistics
 import sys
+import textwrap
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -332,7 +333,8 @@ Needles in rows of {lengths[0]:,} tokens, further away than {BRIDGED} tokens, by
     done = {run for run, by in measured.items() if set(lengths) <= set(by)}
     have = {(run.task, run.kind) for run in done}
     missing = [f"{kind} ({task})" for task in tasks for kind in KINDS if (task, kind) not in have]
-    partial = f"\n**Partial:** not, or not at all lengths, measured yet: {'; '.join(missing)}.\n" if missing else ""
+    told = f"**Partial:** not, or not at all lengths, measured yet: {'; '.join(missing)}."
+    partial = f"\n{textwrap.fill(told, 140)}\n" if missing else ""
     last = settings["train_lengths"][-1]
     return f"""
 ```bash
@@ -340,7 +342,8 @@ Needles in rows of {lengths[0]:,} tokens, further away than {BRIDGED} tokens, by
 ```
 {partial}
 Models of {LAYERS} layers, width {settings["hidden_size"]}, {settings["heads"]} heads, as many parameters in each (the MLP takes up the
-difference), block size {BLOCK_SIZE}, rank {RANK}; the far bias starts at 0. Trained on rows of {within(settings)} tokens, in this order,
+difference), block size {BLOCK_SIZE}, rank {RANK}; the far bias starts at 0.
+Trained on rows of {within(settings)} tokens, in this order,
 {settings["batch_tokens"]:,} tokens a step, each task by a model of its own, the same rows for every kind; the loss is on the answers alone.
 Measured on rows of {" and ".join(f"{n:,}" for n in lengths)} tokens. Tasks (`scripts/studies/recall_tasks.py`):
 
