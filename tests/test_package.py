@@ -107,7 +107,6 @@ def checkpoint(tmp_path_factory):
         layer_types=["multipole_attention", "tensor_attention", "full_attention"],
         block_size=8,
         rank=2,
-        summary="hierarchical",
         tensor_window=[4, 16],
         max_position_embeddings=128,
     )

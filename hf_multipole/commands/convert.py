@@ -65,7 +65,9 @@ def options_of(args) -> dict:
 
 def measure(model, ids, args) -> list[dict]:
     """A row for each layer: its error, and for causal models the bits a token with it alone converted."""
-    sizes = {"block_size": args.block_size, "rank": args.rank}
+    # What counts without anything learned.
+    given = {name: getattr(args, name) for name in ("block_size", "rank", "size_weighting", "sink_tokens")}
+    sizes = {name: value for name, value in given.items() if value is not None}
     errors = layer_errors(model, ids, [sizes], args.kind)[0]
     exact = model.config._attn_implementation
     rows = [{"layer": "all exact", "bits": loss(model, ids, exact) / math.log(2)}] if model.can_generate() else []

@@ -105,7 +105,7 @@ class MultipoleOptions(_Options):
         'max_position_embeddings tokens) or "mean" (nothing learned)',
         *_one_of(*SUMMARIES),
         uses=("own", "stock", "convert"),
-        own="mean",
+        own="hierarchical",
         convert="hierarchical",
     )
     size_weighting: bool = _option(True, "adds log(c) to the logit of a summary that stands for c tokens", _is_flag, "true or false")

@@ -84,7 +84,6 @@ def options_of(kind: str, settings: dict) -> dict:
         "max_position_embeddings": settings["train_lengths"][-1],
         "block_size": BLOCK_SIZE,
         "rank": RANK,
-        "summary": "hierarchical",
         "saliency": False,
         # A narrow model needs wide weights.
         "initializer_range": hidden_size**-0.5,

@@ -25,7 +25,7 @@ def stock_checkpoint(tmp_path_factory):
 
 def test_convert(stock_checkpoint, tmp_path):
     """A checkpoint that loads, and a report on each layer."""
-    options = ["--block-size", 8, "--rank", 2, "--layers", 1, "--tolerance", 0]
+    options = ["--block-size", 8, "--rank", 2, "--sink-tokens", 2, "--layers", 1, "--tolerance", 0]
     printed = run(
         "scripts.convert", "--model", stock_checkpoint, "--text", stock_checkpoint / "text.txt", "--output", "out", *options, cwd=tmp_path
     )
@@ -54,7 +54,7 @@ def test_convert(stock_checkpoint, tmp_path):
     # The errors are those of the layers that the definition computes; in one block there are none.
     with torch.no_grad():
         before = stock(ids).logits
-    small, whole = layer_errors(stock, ids, [{"block_size": 8, "rank": 2}, {"block_size": 120}])
+    small, whole = layer_errors(stock, ids, [{"block_size": 8, "rank": 2, "sink_tokens": 2}, {"block_size": 120}])
     assert list(small.values()) == pytest.approx([row["error"] for row in rows[1:3]], rel=1e-5)
     assert max(whole.values()) < 1e-5
     assert loss(stock, ids, "sdpa") == pytest.approx(rows[0]["bits"] * math.log(2), rel=1e-5)

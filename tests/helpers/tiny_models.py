@@ -41,8 +41,8 @@ def tiny_config(**options) -> MultipoleConfig:
     fields = dict(block_size=BLOCK, rank=RANK, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     if "layer_types" in options:
         options = options | {"num_hidden_layers": len(options["layer_types"])}
-    # Hierarchical summaries have most to go wrong; what has masses asks for them.
-    return MultipoleConfig(**sizes | fields | {"far_bias_init": 0.0, "summary": "hierarchical", "saliency": False} | options)
+    # What has masses asks for them.
+    return MultipoleConfig(**sizes | fields | {"far_bias_init": 0.0, "saliency": False} | options)
 
 
 def randomise(model, seed=0):

@@ -131,10 +131,10 @@ def test_stock_layers_run_the_definition(monkeypatch, ids, side, direction):
         mask[1, slice(11) if side == "left" else slice(-11, None)] = 0
     model(ids, attention_mask=mask if side else None)
     assert len(calls) == 2
+    causal = direction == "causal"
+    sizes = dict(block_size=BLOCK, rank=RANK, causal=causal, sink_tokens=4 * causal)
     for query, key, value, scale, out in calls:
-        expected = multipole_attention_reference(
-            query, key, value, block_size=BLOCK, rank=RANK, causal=direction == "causal", attention_mask=mask, scale=scale
-        )
+        expected = multipole_attention_reference(query, key, value, attention_mask=mask, scale=scale, **sizes)
         assert out.is_contiguous()
         torch.testing.assert_close(out.transpose(1, 2), expected, **CLOSE)
 

@@ -51,7 +51,7 @@ def test_defaults():
     assert config.num_key_value_heads == 4 and config.head_dim == 24
     assert config.intermediate_size == 256  # 8 / 3 * 96
     assert config.rope_parameters["rope_type"] == "default" and config.rope_parameters["rope_theta"] > 0
-    assert config.is_causal and (config.summary, config.saliency, config.sink_tokens) == ("mean", True, 0)
+    assert config.is_causal and (config.summary, config.saliency, config.sink_tokens) == ("hierarchical", True, 0)
 
 
 def test_round_trip(tmp_path):
