@@ -126,8 +126,8 @@ def _call(module, query, value, length: int, softcap, scale, downsample_queries:
     longer = max_levels is not None and level_count(length, options.block_size) > max_levels
     if longer and not torch.compiler.is_compiling():
         logger.warning_once(
-            f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away takes no part in "
-            "multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
+            f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away, but for sinks, "
+            "takes no part in multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
         )
     far_bias, log_masses = (None, None) if far_field is None else far_field(value)
     return Call(
