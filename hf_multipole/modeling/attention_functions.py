@@ -127,7 +127,8 @@ def _call(module, query, value, length: int, softcap, scale, downsample_queries:
     if longer and not torch.compiler.is_compiling():
         logger.warning_once(
             f"a row is longer than those of training, {max_length} tokens (max_position_embeddings): what is farther away, but for sinks, "
-            "takes no part in multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be trained on them"
+            "takes no part in multipole attention. hf_multipole.extend_context(model, tokens) makes it a model for longer rows, to be "
+            "trained on them"
         )
     far_bias, log_masses = (None, None) if far_field is None else far_field(value)
     return Call(
