@@ -30,7 +30,7 @@ from hf_multipole import convert
 from hf_multipole.integration.measurement import layer_errors, with_attention
 from hf_multipole.training.checkpoints import write_json
 from hf_multipole.training.data import first_files, pack, standard_library
-from hf_multipole.training.figures import colours, figure, label_ends
+from hf_multipole.training.figures import OTHERS, figure, label_ends
 from scripts.common.measuring import machine
 from scripts.common.reports import command, table, write_beside, write_figures
 
@@ -140,7 +140,8 @@ def plot(arms: dict, grid: list[dict], path: Path) -> None:
     from matplotlib import colormaps
 
     with figure(path, 2, 1, (12, 4)) as (_, ((left, right),)):
-        for name, colour in colours(arms).items():
+        # Most are one method, whose shades would be too many to tell apart.
+        for name, colour in zip(arms, OTHERS):
             curve = arms[name]["curve"]
             left.plot([20 * (i + 1) for i in range(len(curve))], curve, color=colour, label=name)
         left.set(xlabel="steps after the conversion", ylabel="bits per byte", title="Training loss after the conversion")
