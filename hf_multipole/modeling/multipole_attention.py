@@ -184,7 +184,7 @@ def list_sinks(listed: Listed, sinks: Sinks | None) -> Listed:
     keys, values = (torch.cat([x, y.flatten(2, 3).to(x.dtype)], 2) for x, y in ((listed.keys, sinks.keys), (listed.values, sinks.values)))
     row = torch.arange(lists * count, device=keys.device).view(lists, count) + listed.keys.shape[2]
     row = torch.cat([listed.row, row.expand(len(listed.row), -1)], 1)
-    bias = torch.zeros_like(sinks.hidden, dtype=keys.dtype).masked_fill(sinks.hidden, -torch.inf)[:, None, :, None]
+    bias = sinks.bias(keys.dtype)[:, None, :, None]
     shape = [max(sizes) for sizes in zip(listed.bias.shape[:-1], bias.shape[:-1])]
     return Listed(keys, values, row, torch.cat([listed.bias.expand(*shape, -1), bias.expand(*shape, -1)], -1))
 
@@ -247,7 +247,7 @@ def _sinks_of_blocks(k, v, sinks: Sinks | None, block_size: int) -> tuple[torch.
     if sinks is None:
         return tuple(x.new_zeros(math.prod(grid), 0, *x.shape[3:]) for x in (k, v)) + (k.new_zeros(math.prod(grid), 0),)
     keys, values = (x.expand(*grid, *x.shape[3:]).flatten(0, 2) for x in (sinks.keys, sinks.values))
-    bias = torch.zeros_like(sinks.hidden, dtype=torch.promote_types(k.dtype, torch.float32)).masked_fill(sinks.hidden, -torch.inf)
+    bias = sinks.bias(torch.promote_types(k.dtype, torch.float32))
     return keys, values, bias[:, None].expand(*grid, -1).flatten(0, 2)
 
 

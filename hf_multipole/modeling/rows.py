@@ -136,6 +136,10 @@ class Sinks(NamedTuple):
     values: torch.Tensor
     hidden: torch.Tensor  # (batch or 1, blocks, sinks) bool: there is none, or the block has it in its near field
 
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to their logits, ``(batch or 1, blocks, sinks)``: -inf where they are hidden."""
+        return torch.zeros_like(self.hidden, dtype=dtype).masked_fill(self.hidden, -torch.inf)
+
 
 class _Picked(torch.autograd.Function):
     """Tokens of some slots ``(batch or 1, picked)``; also returns the tokens, whose gradient is completed in place (see summaries.py)."""
