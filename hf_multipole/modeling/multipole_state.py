@@ -96,19 +96,18 @@ class MultipoleState(Kept):
         self.max_levels, self.sink_tokens, self.salient = max_levels, layout.sinks, salient
         layout = layout.holding(self.sink_tokens, 0)
         like = {"dtype": torch.promote_types(k.dtype, torch.float32), "device": k.device}
+        # Of keys, of values, and where there are any, of masses: how wide they are, and what of that is summarised.
+        sizes = [(k.shape[-1], k.shape[-1] // (2 if rotated else 1)), (v.shape[-1], v.shape[-1])]
+        sizes += [(2, 2)] if salient or self.sink_tokens else []
         rings = []
         # Not inference tensors, even when made in inference mode: they are written to outside of it, too.
         with torch.inference_mode(False):
-            for width, plain in (
-                (k.shape[-1], k.shape[-1] // (2 if rotated else 1)),
-                (v.shape[-1], v.shape[-1]),
-                (2, 2),
-            ):
+            for width, plain in sizes:
                 sums = torch.zeros(layout.spare + 1, *k.shape[:2], levels, layout.rank, plain, **like) if direct else None
                 rings.append(Rings(layout, torch.zeros(*k.shape[:2], layout.slots(levels), width, **like), sums))
-        self.keys, self.values = rings[:2]
-        # Where there are any: logarithms of those of tokens (of sinks, too), and the mean ones of the summaries of keys, and of values.
-        self.masses: Rings | None = rings[2] if salient or self.sink_tokens else None
+        # Masses: logarithms of those of tokens (of sinks, too), and the mean ones of the summaries of keys, and of values.
+        self.keys, self.values, *masses = rings
+        self.masses: Rings | None = masses[0] if masses else None
         self.seen = 0
         self.rows = [Row() for _ in range(len(k))]
         self._begin()
