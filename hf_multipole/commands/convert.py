@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..integration.conversion import attention_modules, convert, is_chosen
 from ..integration.measurement import layer_errors, loss
+from ..modeling.options import MultipoleOptions, fields_of
 from ..training.cards import TEMPLATES, command
 from ..training.checkpoints import write_json
 from ..training.errors import load, told_in_a_line
@@ -65,8 +66,8 @@ def options_of(args) -> dict:
 
 def measure(model, ids, args) -> list[dict]:
     """A row for each layer: its error, and for causal models the bits a token with it alone converted."""
-    # What counts without anything learned.
-    given = {name: getattr(args, name) for name in ("block_size", "rank", "size_weighting", "sink_tokens")}
+    # What counts without anything learned: the options of the operator.
+    given = {name: getattr(args, name, None) for name in fields_of("operator", MultipoleOptions)}
     sizes = {name: value for name, value in given.items() if value is not None}
     errors = layer_errors(model, ids, [sizes], args.kind)[0]
     exact = model.config._attn_implementation
