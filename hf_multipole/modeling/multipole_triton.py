@@ -51,9 +51,8 @@ class KernelBlocks(NamedTuple):
     document: torch.Tensor | None  # (batch or 1, slots)
     first: torch.Tensor | None  # (batch, blocks), as in an Alignment
     last: torch.Tensor | None
-    sink_k: (
-        torch.Tensor | None
-    )  # (batch, kv_heads, lists, sinks, dim): tokens that blocks see besides; one list for all blocks, or one each
+    # (batch, kv_heads, lists, sinks, dim): tokens that blocks see besides; one list for all blocks, or one each
+    sink_k: torch.Tensor | None
     sink_v: torch.Tensor | None
     sink_hidden: torch.Tensor | None  # (batch or 1, blocks, sinks) bool: which of them a block does not see
     begins: Sequence[int]  # of each level, the first group that far_k holds
